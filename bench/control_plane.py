@@ -1,0 +1,120 @@
+"""What a call costs besides the work of the virtual machine: SDK → HTTP → API → control → store and back.
+
+    python bench/control_plane.py [--calls 500] [--json bench/results/control_plane.json]
+
+The server runs in a process of its own, as it does for users, on a node that does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+from instavm import InstaVM
+from instavm.sandbox import Command, Ended, NodeInfo, Outcome, OutputSink, SandboxSpec, Started, Tier
+from instavm.serve import run_embedded
+from instavm.settings import Settings
+
+
+class NullNode:
+    async def start(self, spec: SandboxSpec) -> Started:
+        return Started(spec.vm_id, "null", Tier.EMULATED, cold=False, steps_ms={})
+
+    async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        return Outcome("42\n", "", 0, 0.0, 0.0)
+
+    async def stop(self, vm_id: str) -> None: ...
+
+    def on_end(self, callback: Callable[[Ended], None]) -> None: ...
+
+    async def info(self) -> NodeInfo:
+        return NodeInfo("null", "1", Tier.EMULATED, "none", {})
+
+
+@asynccontextmanager
+async def open_null_node(_settings: Settings) -> AsyncIterator[NullNode]:
+    yield NullNode()
+
+
+def spread(times_s: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    ordered = sorted(times_s)
+    return {
+        "p50_ms": round(ordered[len(ordered) // 2] * 1000, 3),
+        "p95_ms": round(ordered[len(ordered) * 95 // 100] * 1000, 3),
+        "n": len(ordered),
+    }
+
+
+def timed(calls: int, what: Callable[[], object]) -> dict[str, float]:
+    times = []
+    for _ in range(calls):
+        began = time.perf_counter()
+        what()
+        times.append(time.perf_counter() - began)
+    return spread(times)
+
+
+def measure(calls: int) -> dict[str, dict[str, float]]:
+    began = time.perf_counter()
+    vm = InstaVM(api_key="bench", auto_start_session=False)
+    vm.get_current_user()
+    results = {"first call, server started for it": spread([time.perf_counter() - began])}
+    results["start_session"] = timed(calls, vm.start_session)
+    vm.execute("print(6 * 7)")
+    results["execute"] = timed(calls, lambda: vm.execute("print(6 * 7)"))
+    results["get_session_status"] = timed(calls, vm.get_session_status)
+    sessions = [vm.start_session() for _ in range(calls)]
+    results["kill"] = timed(calls, partial(kill_one, vm, sessions))
+    results["with InstaVM(): execute"] = timed(min(calls, 100), whole)
+    vm.close()
+    return results
+
+
+def kill_one(vm: InstaVM, sessions: list[str]) -> None:
+    vm.kill(sessions.pop())
+
+
+def whole() -> None:
+    with InstaVM(api_key="bench") as vm:
+        vm.execute("print(6 * 7)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "control_plane.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="instavm-bench-") as home:
+        for name in ("STATE", "CACHE", "RUNTIME"):
+            os.environ[f"INSTAVM_{name}_DIR"] = f"{home}/{name.lower()}"
+        os.environ["INSTAVM_IDLE_EXIT_S"] = "1"
+        os.environ.pop("INSTAVM_BASE_URL", None)
+        from instavm.client import embedded  # noqa: PLC0415 (after the environment is set)
+
+        embedded.COMMAND = (sys.executable, __file__, "--embedded")
+        try:
+            results = measure(options.calls)
+        finally:
+            os.kill(int(Settings().server_lock.read_text()), signal.SIGTERM)
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+    for name, result in results.items():
+        print(f"{name:36} p50 {result['p50_ms']:8.2f} ms   p95 {result['p95_ms']:8.2f} ms   n {result['n']:g}")
+
+
+if __name__ == "__main__":
+    if "--embedded" in sys.argv:
+        sys.exit(run_embedded(sys.argv[1:], open_node=open_null_node))
+    main()

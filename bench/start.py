@@ -1,0 +1,138 @@
+"""How long a sandbox takes: from the client's constructor to the result of its first execute, step by step.
+
+    python bench/start.py [--sandboxes 30] [--vcpus 2] [--memory 512] [--json FILE]
+
+Through the whole stack: SDK, HTTP, API, control, node, VMM, agent. Nothing of a guest is restored ahead of a request; with
+spare machines an empty VMM process waits, without them it is started within the measured time. In the same run, for
+comparison: the same image booted cold, and a new `python3 -c` on the host as the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import report
+
+from instavm import InstaVM
+from instavm.settings import Settings
+
+KEY = "bench"
+
+
+@contextmanager
+def server(**settings: object) -> Iterator[None]:
+    """An embedded server of its own, on the machine's images and templates; gone with the block."""
+    with tempfile.TemporaryDirectory(prefix="ivm-bench-") as home:
+        chosen = {"state_dir": f"{home}/state", "runtime_dir": f"{home}/run", **settings}
+        names = {f"INSTAVM_{name.upper()}": str(value) for name, value in chosen.items()}
+        os.environ.update(names)
+        os.environ.pop("INSTAVM_BASE_URL", None)
+        try:
+            yield
+        finally:
+            lock = Path(home) / "state" / "server.lock"
+            if lock.exists():
+                pid = int(lock.read_text())
+                pidfd = os.pidfd_open(pid)
+                os.kill(pid, signal.SIGTERM)
+                select.select([pidfd], [], [])
+                os.close(pidfd)
+            for name in names:
+                del os.environ[name]
+
+
+def starts(count: int, vcpus: int, memory_mib: int) -> dict[str, list[float]]:
+    """Times in ms of `count` sandboxes, one after the other, each ended before the next."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for number in range(count + 2):
+        began = time.perf_counter()
+        with InstaVM(KEY, cpu_count=vcpus, memory_mb=memory_mib) as vm:
+            constructed = time.perf_counter()
+            result = vm.execute("print(1)")
+            done = time.perf_counter()
+            assert result.stdout == "1\n", result
+            steps = vm.get_session_info()["start"]["steps_ms"]
+        if number < 2:
+            continue  # the first finds no spare machine, and may boot the template
+        times["start: constructor to first result"].append((done - began) * 1000)
+        times["  constructor returns"].append((constructed - began) * 1000)
+        for name, ms in steps.items():
+            times[f"  node: {name.replace('_', ' ')}"].append(ms)
+        times["  first execute, API and all else"].append((done - began) * 1000 - sum(steps.values()))
+    return times
+
+
+def round_trips(count: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = defaultdict(list)
+    with InstaVM(KEY) as vm:
+        for language, code in (("python", "print(1)"), ("bash", "echo 1")):
+            for number in range(count + 10):
+                began = time.perf_counter()
+                vm.execute(code, language=language)
+                if number >= 10:
+                    times[f"round trip: {language}, {code}"].append((time.perf_counter() - began) * 1000)
+    return times
+
+
+def templates_made(count: int, vcpus: int, memory_mib: int) -> dict[str, list[float]]:
+    """Boot, warm up and save a template, in a cache of its own that shares images and kernels with the machine's."""
+    times: dict[str, list[float]] = defaultdict(list)
+    shared = Settings().cache_dir
+    for _ in range(count):
+        with tempfile.TemporaryDirectory(prefix="ivm-bench-cache-") as cache:
+            for name in ("kernels", "guests", "images", "bases"):
+                (Path(cache) / name).symlink_to(shared / name)
+            with server(cache_dir=cache), InstaVM(KEY, cpu_count=vcpus, memory_mb=memory_mib) as vm:
+                vm.execute("print(1)")
+                start = vm.get_session_info()["start"]
+                assert start["cold"]
+                times["cold: boot, warm up and save a template"].append(start["steps_ms"]["template"])
+            shutil.rmtree(f"{cache}/templates", ignore_errors=True)
+    return times
+
+
+def floor(count: int) -> dict[str, list[float]]:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        subprocess.run(["/usr/bin/python3", "-c", "print(1)"], check=True, capture_output=True)
+        times.append((time.perf_counter() - began) * 1000)
+    return {"floor: python3 -c on the host": times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sandboxes", type=int, default=30)
+    parser.add_argument("--vcpus", type=int, default=2)
+    parser.add_argument("--memory", type=int, default=512)
+    parser.add_argument("--cold", type=int, default=3, help="how many templates to boot for the comparison")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    facts = {**report.machine(), "vcpus": asked.vcpus, "sandbox_memory_mib": asked.memory}
+    results: dict[str, dict[str, float]] = {}
+    with server():
+        for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory).items():
+            results[name] = report.spread(times)
+        for name, times in round_trips(100).items():
+            results[name] = report.spread(times)
+    with server(spare_machines=0):
+        for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory).items():
+            results[f"no spare machine, {name.strip()}"] = report.spread(times)
+    for name, times in (*templates_made(asked.cold, asked.vcpus, asked.memory).items(), *floor(30).items()):
+        results[name] = report.spread(times)
+    print(report.write("start", facts, results, asked.json))
+
+
+if __name__ == "__main__":
+    main()

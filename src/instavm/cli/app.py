@@ -1,0 +1,41 @@
+"""All commands, and how each of them ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import typer
+
+from instavm.cli import doctor, execute, keys, server, version
+from instavm.errors import InstaVMError
+
+INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    name="instavm",
+    help="Run code in a microVM of its own, on your own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("exec", help="Run code in a fresh sandbox and print what it prints.")(execute.execute)
+app.command("serve", help="Serve the HTTP API in the foreground.")(server.serve)
+app.command("doctor", help="Check what this host needs to run sandboxes.")(doctor.doctor)
+app.command("version", help="Print the version.")(version.version)
+app.add_typer(keys.app, name="key", help="API keys of this host's server.")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Returns: the exit status; 2 for a command line that cannot be read."""
+    try:
+        app(args=arguments, prog_name="instavm")
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except InstaVMError as exc:
+        print(f"Error: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,84 @@
+"""`instavm exec`: code from the command line, a file or stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from instavm import limits
+from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment, language_of
+from instavm.client.results import Execution
+
+STDIN: Final = "-"
+FAILED: Final = 1
+"""Exit status when the code's own is unknown."""
+
+
+def execute(
+    code: Annotated[
+        str | None, typer.Argument(help="Code, the name of a file, or - for stdin (also when left out).")
+    ] = None,
+    *,
+    language: Annotated[
+        str | None,
+        typer.Option("--language", "-l", help="python, bash or sh. Else by the file's name (.py, .sh), else python."),
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds the code may take, 1 to 600.")] = None,
+    cpu: Annotated[int | None, typer.Option(help="vCPUs, 1 to 8.")] = None,
+    memory: Annotated[int | None, typer.Option(help="Memory in MB, 256 to 8192.")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="May be repeated.")] = None,
+    as_json: AsJson = False,
+    api_key: ApiKey = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Run code in a fresh sandbox; the exit status is the code's own."""
+    text, by_name = _source(code)
+    with client(
+        api_key,
+        base_url,
+        timeout=limits.LIFETIME_S_DEFAULT if timeout is None else _lifetime_s(timeout),
+        cpu_count=cpu,
+        memory_mb=memory,
+        env=environment(env or []),
+    ) as vm:
+        result = vm.execute(text, language or by_name or "python", timeout)
+    _show(result, as_json)
+    raise typer.Exit(FAILED if result.exit_code is None else result.exit_code & 0xFF)
+
+
+def _source(code: str | None) -> tuple[str, str | None]:
+    """The code, and its language as far as the name of its file tells."""
+    if code is None or code == STDIN:
+        return sys.stdin.read(), None
+    file = Path(code)
+    try:
+        found = "\n" not in code and file.is_file()
+    except (OSError, ValueError):
+        found = False
+    if not found:
+        return code, None
+    try:
+        return file.read_text(encoding="utf-8"), language_of(file)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise typer.BadParameter(f"{file} cannot be read as UTF-8 text: {exc}") from exc
+
+
+def _lifetime_s(timeout: float) -> int:
+    """Long enough for the code, with room for the answer."""
+    return max(limits.LIFETIME_S_DEFAULT, int(timeout) + 60)
+
+
+def _show(result: Execution, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    sys.stdout.write(result.stdout)
+    sys.stdout.flush()
+    sys.stderr.write(result.stderr)
+    if result.truncated:
+        sys.stderr.write(f"[output cut at {limits.OUTPUT_BYTES} bytes]\n")
+    sys.stderr.flush()

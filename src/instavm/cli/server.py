@@ -1,0 +1,27 @@
+"""`instavm serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from instavm.settings import Settings
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead, for this user only.")] = None,
+) -> None:
+    """Serve the API until SIGTERM or Ctrl-C; every sandbox is ended then. API keys: `instavm key create`."""
+    from instavm import serve as server  # noqa: PLC0415 (the server's libraries are an extra)
+    from instavm.control import listen  # noqa: PLC0415
+
+    if uds is not None:
+        listener = server.Listener(listen.on_socket(uds.absolute()), private=True)
+    else:
+        listener = server.Listener(listen.on_tcp(host, port), private=False)
+    print(f"InstaVM on {uds or f'http://{host}:{port}'}")
+    server.run(Settings(), listener)

@@ -1,0 +1,126 @@
+"""`AsyncInstaVM`: the same sandbox for a program with an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+
+from instavm import limits
+from instavm.client.binding import Binding
+from instavm.client.calls import executions, sessions, users
+from instavm.client.config import Config
+from instavm.client.results import Execution, Sandbox, SessionInfo, SessionStatus, SessionUsage, User
+from instavm.client.transport import AsyncLink
+from instavm.errors import InstaVMError, SessionEnded, SessionError
+
+
+class AsyncInstaVM(Binding):
+    """`async with AsyncInstaVM(api_key=...) as vm: await vm.execute("print(6 * 7)")`.
+
+    Everything is as in `InstaVM`, where each argument and method is described; only that the session is made
+    when the `async with` block is entered, or by the first call that needs it.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        timeout: int = limits.LIFETIME_S_DEFAULT,
+        max_retries: int = 0,
+        *,
+        cpu_count: int | None = None,
+        memory_mb: int | None = None,
+        env: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        auto_start_session: bool = True,
+    ) -> None:
+        sizes = {"cpu_count": cpu_count, "memory_mb": memory_mb}
+        config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
+        super().__init__(config)
+        self._link = AsyncLink(config)
+        self._auto_start = auto_start_session
+        self._starting = anyio.Lock()
+
+    async def start_session(self) -> str:
+        """Make a new session and use it from now on. Returns: its id."""
+        return self._bound(await self._link.send(sessions.create(self._config.api_key, self._config.session)))
+
+    async def execute(self, code: str, language: str = "python", timeout: float | None = None) -> Execution:
+        """As `InstaVM.execute`."""
+        return await self._link.send(executions.execute(await self._session(), code, language, timeout))
+
+    async def kill(self, session_id: str | None = None) -> None:
+        """As `InstaVM.kill`."""
+        if (target := session_id or self.session_id) is not None:
+            await self._link.send(sessions.kill(target))
+        self._forget(session_id)
+
+    async def close_session(self) -> None:
+        """As `InstaVM.close_session`."""
+        try:
+            await self.kill()
+        except SessionError:
+            self._forget(None)
+
+    async def close(self) -> None:
+        """As `InstaVM.close`."""
+        await self._link.aclose()
+
+    async def get_session_info(self, session_id: str | None = None) -> SessionInfo:
+        """As `InstaVM.get_session_info`."""
+        return await self._link.send(sessions.info(session_id or await self._session()))
+
+    async def get_session_status(self, session_id: str | None = None) -> SessionStatus:
+        """As `InstaVM.get_session_status`."""
+        return await self._link.send(sessions.status(session_id or await self._session()))
+
+    async def is_session_active(self, session_id: str | None = None) -> bool:
+        """As `InstaVM.is_session_active`."""
+        try:
+            return (await self.get_session_status(session_id)).vm_status == "active"
+        except InstaVMError:
+            return False
+
+    async def get_usage(self, session_id: str | None = None) -> SessionUsage:
+        """As `InstaVM.get_usage`."""
+        return await self._link.send(sessions.usage(session_id or await self._session()))
+
+    async def list_sandboxes(
+        self, metadata: Mapping[str, Any] | None = None, limit: int = limits.LIST_LIMIT_DEFAULT
+    ) -> list[Sandbox]:
+        """As `InstaVM.list_sandboxes`."""
+        return await self._link.send(sessions.sandboxes(metadata, limit))
+
+    async def get_current_user(self) -> User:
+        """As `InstaVM.get_current_user`."""
+        return await self._link.send(users.me())
+
+    async def __aenter__(self) -> Self:
+        if self._auto_start:
+            await self._session()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Being cancelled leaves no sandbox behind: the kill is shielded, and has a deadline of its own."""
+        with anyio.CancelScope(shield=True):
+            try:
+                await self.close_session()
+            except InstaVMError as failed:
+                if exc is None:
+                    raise
+                exc.add_note(f"its sandbox could not be ended either: {failed}")
+            finally:
+                await self.close()
+
+    async def _session(self) -> str:
+        async with self._starting:
+            if self.session_id is not None:
+                return self.session_id
+            if self._over:
+                raise SessionEnded("this client's session was killed; start_session() makes a new one")
+            return await self.start_session()

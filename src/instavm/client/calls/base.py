@@ -1,0 +1,64 @@
+"""One call to the server as a value: what to send and how to read the answer. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, Literal, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel, ValidationError
+
+from instavm.errors import NetworkError
+from instavm.wire.validation import refusal
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+QUICK_S: Final = 60.0
+"""How long the server may take for what does not run code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    method: Literal["GET", "POST"]
+    path: str
+    read: Callable[[bytes], T]
+    body: bytes | None = field(default=None, repr=False)
+    """JSON. Not in the repr: it may hold a key, or values of environment variables."""
+    params: Mapping[str, str] = field(default_factory=dict)
+    answer_s: float = QUICK_S
+    """Longest wait for the answer, in seconds."""
+    repeatable: bool = True
+    """Whether doing it twice does no harm. Running code is not: nobody knows what it does."""
+
+
+def ask(model: type[M], **given: Any) -> M:
+    """A request, checked by the rules that the server applies. None means: leave it out.
+
+    Raises: InvalidInput, before anything is sent.
+    """
+    try:
+        return model.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as exc:
+        raise refusal(exc.errors(include_url=False, include_context=False)) from None
+
+
+def reading(model: type[M]) -> Callable[[bytes], M]:
+    """Raises: NetworkError, when what came back is not what this server speaks."""
+
+    def read(body: bytes) -> M:
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as exc:
+            raise NetworkError(
+                f"the server's answer is not a {model.__name__} ({exc.error_count()} things are wrong):"
+                f" does base_url point at an InstaVM server? It begins {body[:80]!r}"
+            ) from None
+
+    return read
+
+
+def segment(text: str) -> str:
+    """A path parameter, with nothing left that means anything in a URL."""
+    return quote(text, safe="")

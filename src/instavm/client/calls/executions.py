@@ -1,0 +1,33 @@
+"""Calls that run code."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from instavm import limits
+from instavm.client.calls.base import Call, ask, reading
+from instavm.client.results import Execution
+from instavm.wire import executions as wire
+
+START_S: Final = 180.0
+"""Added to the time the code may take: its sandbox may have to boot, and other code may be running there."""
+
+
+def execute(session_id: str | None, code: str, language: str, timeout: float | None) -> Call[Execution]:
+    """Run code and wait for its end.
+
+    The server stops the code when its time is up and answers with what there is; the client waits longer than
+    that, so that the answer always wins.
+    Raises: InvalidInput.
+    """
+    given = ask(wire.Execute, command=code, session_id=session_id, language=language, timeout=timeout)
+    code_s = limits.EXECUTE_TIMEOUT_S_DEFAULT if given.timeout is None else given.timeout
+    read = reading(wire.Execution)
+    return Call(
+        "POST",
+        "/execute",
+        lambda raw: Execution(read(raw).model_dump(mode="json")),
+        given.model_dump_json(exclude_unset=True).encode(),
+        answer_s=code_s + START_S,
+        repeatable=False,
+    )

@@ -1,0 +1,143 @@
+"""`InstaVM`: a sandbox in a program without an event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from instavm import limits
+from instavm.client.binding import Binding
+from instavm.client.calls import executions, sessions, users
+from instavm.client.config import Config
+from instavm.client.results import Execution, Sandbox, SessionInfo, SessionStatus, SessionUsage, User
+from instavm.client.transport import Link
+from instavm.errors import InstaVMError, SessionEnded, SessionError
+
+
+class InstaVM(Binding):
+    """A sandbox of one's own: `with InstaVM(api_key=...) as vm: vm.execute("print(6 * 7)")`.
+
+    The constructor makes a session, whose sandbox begins to boot at once; the first `execute` waits for it.
+    Leaving the `with` block ends the sandbox, whatever happened inside.
+
+    api_key: else INSTAVM_API_KEY. With the embedded server any text will do.
+    base_url: else INSTAVM_BASE_URL; without either, one server per user is started on this machine.
+    timeout: lifetime of the sandbox in seconds, 20 to 86400, counted from when it is ready.
+    max_retries: how often a call is repeated when the server cannot be reached. Code that was sent is never
+    sent twice.
+    cpu_count: 1 to 8. memory_mb: 256 to 8192. env: variables for all code in the sandbox; numbers and
+        booleans become text. metadata: labels, to find it again with `list_sandboxes`.
+    auto_start_session: False = the session is made by the first call that needs one.
+    Raises: AuthenticationError, InvalidInput, HostNotReady, NetworkError, RateLimitError.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        base_url: str | None = None,
+        timeout: int = limits.LIFETIME_S_DEFAULT,
+        max_retries: int = 0,
+        *,
+        cpu_count: int | None = None,
+        memory_mb: int | None = None,
+        env: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        auto_start_session: bool = True,
+    ) -> None:
+        sizes = {"cpu_count": cpu_count, "memory_mb": memory_mb}
+        config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
+        super().__init__(config)
+        self._link = Link(config)
+        if auto_start_session:
+            self.start_session()
+
+    def start_session(self) -> str:
+        """Make a new session, with this client's sizes and environment, and use it. Returns: its id."""
+        return self._bound(self._link.send(sessions.create(self._config.api_key, self._config.session)))
+
+    def execute(self, code: str, language: str = "python", timeout: float | None = None) -> Execution:
+        """Run `code` in this session's sandbox and wait until it ends.
+
+        In Python, variables and imports are still there for the next call; shell commands each run in a new
+        process.
+
+        code: at most 1 MiB of UTF-8. language: `python`, `bash` or `sh`.
+        timeout: seconds, 1 to 600; boot is not counted. None = 300, or what is left of the lifetime. Running
+            out is a result too: `timed_out`, exit code 124 and the output so far; the session lives on.
+        Returns: stdout and stderr, each cut at 16 MiB; code that failed has an `exit_code` other than 0.
+        Raises: InvalidInput; SessionEnded (killed); OutcomeUnknown (the sandbox was lost while the code ran);
+            BootFailed, NoCapacity, HostNotReady; NetworkError.
+        """
+        return self._link.send(executions.execute(self._session(), code, language, timeout))
+
+    def kill(self, session_id: str | None = None) -> None:
+        """End the sandbox and its session; nothing of it is left afterwards. Once more is fine."""
+        if (target := session_id or self.session_id) is not None:
+            self._link.send(sessions.kill(target))
+        self._forget(session_id)
+
+    def close_session(self) -> None:
+        """The same as `kill()`, for a session that may be gone already."""
+        try:
+            self.kill()
+        except SessionError:
+            self._forget(None)
+
+    def close(self) -> None:
+        """Close the connection. The sandbox stays until it is killed or its lifetime runs out."""
+        self._link.close()
+
+    def get_session_info(self, session_id: str | None = None) -> SessionInfo:
+        """The session's record, with how its sandbox came up in `start`."""
+        return self._link.send(sessions.info(session_id or self._session()))
+
+    def get_session_status(self, session_id: str | None = None) -> SessionStatus:
+        """Whether there is a sandbox now, since when, and for how long still."""
+        return self._link.send(sessions.status(session_id or self._session()))
+
+    def is_session_active(self, session_id: str | None = None) -> bool:
+        """True when a sandbox is up. Never raises one of our errors."""
+        try:
+            return self.get_session_status(session_id).vm_status == "active"
+        except InstaVMError:
+            return False
+
+    def get_usage(self, session_id: str | None = None) -> SessionUsage:
+        """How much was executed, and for how long, over the session's whole life."""
+        return self._link.send(sessions.usage(session_id or self._session()))
+
+    def list_sandboxes(
+        self, metadata: Mapping[str, Any] | None = None, limit: int = limits.LIST_LIMIT_DEFAULT
+    ) -> list[Sandbox]:
+        """Live sandboxes of this account, newest first, at most `limit` (1 to 1000).
+
+        metadata: only those whose metadata contains all of these pairs.
+        """
+        return self._link.send(sessions.sandboxes(metadata, limit))
+
+    def get_current_user(self) -> User:
+        """Whose key this is."""
+        return self._link.send(users.me())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close_session()
+        except InstaVMError as failed:
+            if exc is None:
+                raise
+            exc.add_note(f"its sandbox could not be ended either: {failed}")
+        finally:
+            self.close()
+
+    def _session(self) -> str:
+        if self.session_id is not None:
+            return self.session_id
+        if self._over:
+            raise SessionEnded("this client's session was killed; start_session() makes a new one")
+        return self.start_session()

@@ -1,0 +1,79 @@
+"""Who is calling: from an API key to a tenant."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from typing import Final, Protocol
+
+from instavm.control.ids import key_hash, new_key
+from instavm.control.store.accounts import AccountRows, KeyRow, Tenant
+from instavm.control.store.schema import LOCAL_TENANT
+from instavm.errors import AuthenticationError
+
+FRESH_S: Final = 0.5
+"""How long a good key is believed without looking again: a revoked key is refused within a second."""
+KEPT: Final = 1024
+HINT_HEAD: Final = len("instavm_sk_") + 4
+
+
+class Authenticator(Protocol):
+    async def tenant_of(self, key: str) -> Tenant:
+        """`key` is not empty. Raises: AuthenticationError."""
+        ...
+
+
+class KeyedAccounts:
+    """Keys are made by the operator and looked up by their hash."""
+
+    def __init__(self, rows: AccountRows) -> None:
+        self._rows = rows
+        self._seen: dict[str, tuple[float, Tenant]] = {}
+
+    async def tenant_of(self, key: str) -> Tenant:
+        hashed = key_hash(key)
+        until, tenant = self._seen.get(hashed, (0.0, None))
+        if tenant is not None and time.monotonic() < until:
+            return tenant
+        self._seen.pop(hashed, None)
+        found = await self._rows.by_hash(hashed)
+        if found is None or not hmac.compare_digest(found[0], hashed):
+            raise AuthenticationError("this API key is not known here, or was revoked")
+        if len(self._seen) >= KEPT:
+            self._seen.clear()
+        self._seen[hashed] = (time.monotonic() + FRESH_S, found[1])
+        return found[1]
+
+
+class LocalAccounts:
+    """Behind a private socket: whoever may open it is its owner, so any key stands for the local tenant."""
+
+    def __init__(self, rows: AccountRows) -> None:
+        self._rows = rows
+        self._tenant: Tenant | None = None
+
+    async def tenant_of(self, key: str) -> Tenant:
+        if self._tenant is None:
+            self._tenant = await self._rows.tenant(LOCAL_TENANT)
+        return self._tenant
+
+
+class Keys:
+    """Making, listing and revoking API keys."""
+
+    def __init__(self, rows: AccountRows) -> None:
+        self._rows = rows
+
+    async def create(self, description: str, tenant: str = LOCAL_TENANT) -> tuple[int, str]:
+        """Returns: the id, and the key itself, which cannot be had again. A tenant is made when needed."""
+        key = new_key()
+        await self._rows.add_tenant(Tenant(tenant, tenant, None))
+        hint = f"{key[:HINT_HEAD]}…{key[-4:]}"
+        return await self._rows.add_key(tenant, key_hash(key), hint, description), key
+
+    async def list(self) -> list[KeyRow]:
+        return await self._rows.keys()
+
+    async def revoke(self, key_id: int) -> bool:
+        """Returns: False when there was nothing to revoke. Takes effect within a second."""
+        return await self._rows.revoke(key_id)

@@ -1,0 +1,51 @@
+"""What is done to every request before a route sees it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from instavm import limits
+from instavm.control.api.errors import answer
+from instavm.errors import TooLarge
+
+_LENGTH: Final = b"content-length"
+
+
+class Edge:
+    """Takes `//execute` for `/execute` (base URLs with a slash at the end are common) and bounds the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].startswith("//"):
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
+        length = next((value for name, value in scope["headers"] if name == _LENGTH), b"0")
+        if length.isdigit() and int(length) > limits.BODY_BYTES:
+            await answer(_too_large(int(length)))(scope, receive, send)
+            return
+        await self._app(scope, _bounded(receive), send)
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Counts what really arrives: a length need not be told, and need not be true."""
+    seen = 0
+
+    async def read() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limits.BODY_BYTES:
+            raise _too_large(seen)
+        return message
+
+    return read
+
+
+def _too_large(size: int) -> TooLarge:
+    return TooLarge("body", f"{size} bytes", limits.ALLOWED["body"])

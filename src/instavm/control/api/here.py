@@ -1,0 +1,54 @@
+"""What a route is handed: the services, and who is calling."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from instavm.control.control import Control
+from instavm.control.store.accounts import Tenant
+from instavm.errors import AuthenticationError
+
+
+async def control_of(request: Request) -> Control:
+    control: Control = request.app.state.control
+    return control
+
+
+Here = Annotated[Control, Depends(control_of)]
+
+
+async def caller(request: Request, control: Here) -> Tenant:
+    """Whose key came with the request: `X-API-Key`, `Authorization: Bearer`, or `api_key` in a JSON body.
+
+    Raises: AuthenticationError: no key, a wrong one, or two that differ.
+    """
+    keys = {key for key in (*_header_keys(request), await _body_key(request)) if key}
+    if len(keys) > 1:
+        raise AuthenticationError("two different API keys came with one request")
+    if not keys:
+        raise AuthenticationError("an API key is needed: header X-API-Key, or api_key in the JSON body")
+    return await control.accounts.tenant_of(keys.pop())
+
+
+Caller = Annotated[Tenant, Depends(caller)]
+
+
+def _header_keys(request: Request) -> list[str]:
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    keys = [value.strip() for value in request.headers.getlist("x-api-key")]
+    return [*keys, token.strip()] if scheme.lower() == "bearer" else keys
+
+
+async def _body_key(request: Request) -> str | None:
+    """The body is read once and kept by the request; it is looked into only when it can hold a key."""
+    if request.method == "GET" or b'"api_key"' not in (body := await request.body()):
+        return None
+    try:
+        given = json.loads(body)
+    except ValueError:
+        return None
+    key = given.get("api_key") if isinstance(given, dict) else None
+    return key.strip() if isinstance(key, str) else None

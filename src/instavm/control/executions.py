@@ -1,0 +1,114 @@
+"""Running commands: wait for the sandbox, send the command, count it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+
+from instavm import limits
+from instavm.control.node import Node
+from instavm.control.sessions import Session, Sessions
+from instavm.control.store.accounts import Tenant
+from instavm.control.vms import Vm
+from instavm.errors import OutcomeUnknown, SessionEnded
+from instavm.sandbox import Command, EndReason, Outcome, Started
+from instavm.wire.executions import Execute
+from instavm.wire.sessions import CreateSession
+
+LAST_SECOND_S: Final = 1.0
+"""A command without a timeout is stopped this long before the lifetime ends, to save its output."""
+ATTEMPTS: Final = 3
+"""How often a sandbox may turn out to be gone before a command was sent to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """An outcome, and where it came from. `start` is there for the first result out of a sandbox."""
+
+    session_id: str
+    vm_id: str
+    outcome: Outcome
+    start: Started | None
+
+
+class Executions:
+    def __init__(self, node: Node, sessions: Sessions) -> None:
+        self._node = node
+        self._sessions = sessions
+
+    async def execute(self, tenant: Tenant, ask: Execute) -> Ran:
+        """Run one command to its end.
+
+        It is sent to at most one sandbox: one that is lost before the command went out is replaced, one that
+        is lost afterwards is not.
+        Raises: SessionNotFound, SessionEnded, OutcomeUnknown, BootFailed, NoCapacity, HostNotReady, DiskFull.
+        """
+        if ask.session_id is None:
+            session = await self._sessions.create(tenant, CreateSession())
+        else:
+            session = await self._sessions.get(tenant, ask.session_id)
+        for _ in range(ATTEMPTS):
+            vm = await self._sessions.ready(session)
+            outcome = await self._run(session, vm, ask)
+            if outcome is not None:
+                self._sessions.count(session, outcome.execution_time_s, outcome.cpu_time_s)
+                return Ran(session.id, vm.id, outcome, _tell_start(vm))
+        raise OutcomeUnknown(f"session {session.id} lost its sandbox {ATTEMPTS} times before the code could be sent")
+
+    async def _run(self, session: Session, vm: Vm, ask: Execute) -> Outcome | None:
+        """Returns: None when the sandbox was gone before the command was sent."""
+        if ask.language != "python":
+            return await self._send(session, vm, ask)
+        async with vm.python:
+            return await self._send(session, vm, ask)
+
+    async def _send(self, session: Session, vm: Vm, ask: Execute) -> Outcome | None:
+        if not vm.usable:
+            return None
+        with anyio.CancelScope() as scope:
+            vm.running.add(scope)
+            try:
+                return await self._node.execute(vm.id, _command(vm, ask))
+            except SessionEnded:
+                vm.ask_end(EndReason.NODE_LOST, "the node does not know it")
+                return None
+            except OutcomeUnknown as exc:
+                raise await _lost(session, vm, str(exc)) from exc
+            finally:
+                vm.running.discard(scope)
+        raise await _lost(session, vm, "it ended")
+
+
+def _command(vm: Vm, ask: Execute) -> Command:
+    return Command(ask.command, ask.language, _timeout_s(vm, ask.timeout))
+
+
+def _timeout_s(vm: Vm, asked: float | None) -> float:
+    """What was asked; else the default, or what is left of the lifetime when that is less."""
+    if asked is not None:
+        return asked
+    left = vm.remaining_s()
+    left = limits.EXECUTE_TIMEOUT_S_DEFAULT if left is None else left - LAST_SECOND_S
+    return max(limits.EXECUTE_TIMEOUT_S_MIN, min(limits.EXECUTE_TIMEOUT_S_DEFAULT, left))
+
+
+async def _lost(session: Session, vm: Vm, what: str) -> SessionEnded | OutcomeUnknown:
+    """Why a command that was sent has no outcome, once it is known how its sandbox ended."""
+    vm.ask_end(EndReason.CRASHED, what)
+    await vm.gone.wait()
+    if session.closed:
+        return SessionEnded(f"session {session.id} was killed while the code ran")
+    return OutcomeUnknown(
+        f"{vm.id} of session {session.id} ended ({vm.lifecycle.why}) while the code ran ({what}):"
+        " the code may or may not have finished; its files and variables are gone"
+    )
+
+
+def _tell_start(vm: Vm) -> Started | None:
+    """How the sandbox came up, for the first who asks."""
+    if vm.start_told:
+        return None
+    vm.start_told = True
+    return vm.started

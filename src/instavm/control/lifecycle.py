@@ -1,0 +1,59 @@
+"""A sandbox's life as a table. No I/O, so a test can walk every pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from instavm.sandbox import EndReason
+
+
+class State(StrEnum):
+    CREATING = "creating"
+    ACTIVE = "active"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+NEXT: Final[Mapping[State, frozenset[State]]] = {
+    State.CREATING: frozenset({State.ACTIVE, State.ENDING}),
+    State.ACTIVE: frozenset({State.ENDING}),
+    State.ENDING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
+assert NEXT.keys() == set(State), "every state needs a row"
+
+WORD_OF_END: Final[Mapping[EndReason, str]] = {
+    EndReason.KILLED: "killed",
+    EndReason.LIFETIME: "killed",
+    EndReason.BOOT_FAILED: "failed",
+    EndReason.CRASHED: "failed",
+    EndReason.NODE_LOST: "failed",
+    EndReason.SERVER_STOPPED: "terminated",
+}
+assert WORD_OF_END.keys() == set(EndReason), "every reason needs a word"
+
+
+class IllegalMove(Exception):
+    """A bug in control: it tried to move a sandbox to where it cannot go."""
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    state: State = State.CREATING
+    why: EndReason | None = None
+
+    def to(self, new: State, why: EndReason | None = None) -> None:
+        """The only code that moves a sandbox. Raises: IllegalMove; ValueError for an end without a reason."""
+        if new not in NEXT[self.state]:
+            raise IllegalMove(f"{self.state} -> {new}")
+        if (new is State.ENDING) != (why is not None):
+            raise ValueError("a reason goes with ENDING, and only with it")
+        self.state, self.why = new, why or self.why
+
+
+def word(state: State, why: EndReason | None) -> str:
+    """The status that clients see. From the moment it is ending, a sandbox is gone for them."""
+    return str(state) if why is None else WORD_OF_END[why]

@@ -1,0 +1,115 @@
+"""The tables. Times are UTC text; values of environment variables have no column anywhere."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    TypeDecorator,
+)
+
+SCHEMA_VERSION: Final = 1
+"""Raise it with every change below, and add the step that gets there."""
+LOCAL_TENANT: Final = "local"
+"""Owns everything that comes in through a private socket, and keys made without naming a tenant."""
+
+metadata = MetaData()
+
+
+class Utc(TypeDecorator[datetime]):
+    """A UTC datetime as sortable text."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.astimezone(UTC).isoformat(timespec="microseconds")
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        return None if value is None else datetime.fromisoformat(value)
+
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, nullable=False))
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("name", String, nullable=False),
+    Column("email", String),
+    Column("created_at", Utc, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("hash", String, nullable=False, unique=True),
+    Column("hint", String, nullable=False),
+    Column("description", String, nullable=False),
+    Column("created_at", Utc, nullable=False),
+    Column("revoked_at", Utc),
+    sqlite_autoincrement=True,
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("created_at", Utc, nullable=False),
+    Column("closed_at", Utc),
+    Column("lifetime_s", Integer, nullable=False),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("image", String, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("env_keys", JSON, nullable=False),
+    Column("execution_count", Integer, nullable=False, default=0),
+    Column("execution_time_s", Float, nullable=False, default=0.0),
+    Column("cpu_time_s", Float, nullable=False, default=0.0),
+    Column("vm_seconds", Float, nullable=False, default=0.0),
+    Index("sessions_of_tenant", "tenant_id", "created_at"),
+)
+
+vms = Table(
+    "vms",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("state", String, nullable=False),
+    Column("why", String),
+    Column("created_at", Utc, nullable=False),
+    Column("started_at", Utc),
+    Column("expires_at", Utc),
+    Column("ended_at", Utc),
+    Column("start", JSON),
+    Index("vms_of_session", "session_id", "created_at"),
+    Index("vms_by_state", "state"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=True),
+    Column("at", Utc, nullable=False),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("vm_id", ForeignKey("vms.id")),
+    Column("event", String, nullable=False),
+    Column("reason", String),
+    Column("detail", String),
+    Index("events_of_session", "session_id", "seq"),
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,224 @@
+"""Sessions, their sandboxes and the events of both. Writes go through the journal, reads to the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import BindParameter, Row, bindparam, insert, select, update
+from sqlalchemy.engine import Connection
+
+from instavm.control.lifecycle import State
+from instavm.control.store.engine import Engine
+from instavm.control.store.journal import Journal, Write
+from instavm.control.store.schema import events, sessions, vms
+from instavm.sandbox import EndReason, Started, Tier
+
+KEY: BindParameter[str] = bindparam("key")
+SESSION_COLUMNS = ("id", "tenant_id", "created_at", "closed_at", "lifetime_s", "vcpus", "memory_mib", "image")
+ADD_SESSION = insert(sessions)
+ADD_VM = insert(vms)
+ADD_EVENT = insert(events)
+CLOSE_SESSION = (
+    update(sessions).where(sessions.c.id == KEY, sessions.c.closed_at.is_(None)).values(closed_at=bindparam("at"))
+)
+COUNT_EXECUTION = (
+    update(sessions)
+    .where(sessions.c.id == KEY)
+    .values(
+        execution_count=sessions.c.execution_count + 1,
+        execution_time_s=sessions.c.execution_time_s + bindparam("wall"),
+        cpu_time_s=sessions.c.cpu_time_s + bindparam("cpu"),
+    )
+)
+COUNT_VM_SECONDS = (
+    update(sessions).where(sessions.c.id == KEY).values(vm_seconds=sessions.c.vm_seconds + bindparam("up"))
+)
+MOVE_VM = update(vms).where(vms.c.id == KEY, vms.c.state == bindparam("was"))
+LOSE_VM = update(vms).where(vms.c.id == KEY)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Sums over a session's life. Times are seconds."""
+
+    execution_count: int = 0
+    execution_time_s: float = 0.0
+    cpu_time_s: float = 0.0
+    vm_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    id: str
+    tenant_id: str
+    created_at: datetime
+    closed_at: datetime | None
+    lifetime_s: int
+    vcpus: int
+    memory_mib: int
+    image: str
+    metadata: Mapping[str, Any]
+    env_keys: tuple[str, ...]
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class VmRow:
+    """What is known of one sandbox. `expires_at` and `started_at` are None until it was ready."""
+
+    id: str
+    session_id: str
+    state: State
+    why: EndReason | None
+    created_at: datetime
+    started_at: datetime | None = None
+    expires_at: datetime | None = None
+    ended_at: datetime | None = None
+    start: Started | None = None
+
+
+class SessionRows:
+    def __init__(self, engine: Engine, journal: Journal) -> None:
+        self._engine = engine
+        self._journal = journal
+
+    async def load(self, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+        """A session and its latest sandbox. What is still queued is written first."""
+        await self._journal.written()
+        return await self._engine.run(lambda connection: _load(connection, session_id))
+
+    async def events(self, session_id: str) -> list[tuple[str, str | None, str | None]]:
+        """`(event, vm_id, reason)` in the order they happened."""
+        await self._journal.written()
+        ask = select(events.c.event, events.c.vm_id, events.c.reason).where(events.c.session_id == session_id)
+        rows = await self._engine.run(lambda connection: connection.execute(ask.order_by(events.c.seq)).all())
+        return [(row.event, row.vm_id, row.reason) for row in rows]
+
+    def add(self, row: SessionRow) -> None:
+        values = {name: getattr(row, name) for name in SESSION_COLUMNS}
+        values |= {"metadata": dict(row.metadata), "env_keys": list(row.env_keys)}
+        self._journal.append(Write(ADD_SESSION, values), _event(row.created_at, row.id, None, "session.created"))
+
+    def close(self, session_id: str, at: datetime) -> int:
+        """Returns: the journal's mark, to wait until it is durable."""
+        return self._journal.append(
+            Write(CLOSE_SESSION, {"key": session_id, "at": at}),
+            _event(at, session_id, None, "session.closed"),
+        )
+
+    def used(self, session_id: str, *, execution_time_s: float, cpu_time_s: float) -> None:
+        """Count one execution."""
+        values = {"key": session_id, "wall": execution_time_s, "cpu": cpu_time_s}
+        self._journal.append(Write(COUNT_EXECUTION, values))
+
+    def add_vm(self, row: VmRow) -> int:
+        """Record a sandbox that is coming up. Returns: the journal's mark."""
+        values = {
+            "id": row.id,
+            "session_id": row.session_id,
+            "state": row.state,
+            "created_at": row.created_at,
+        }
+        return self._journal.append(
+            Write(ADD_VM, values), _event(row.created_at, row.session_id, row.id, f"vm.{row.state}")
+        )
+
+    def move_vm(self, row: VmRow, was: State, at: datetime, detail: str | None, vm_seconds: float) -> None:
+        """Record one step of a sandbox's life: compare and set, so that no step can be taken twice.
+
+        vm_seconds: how long it was up; added to the session's sum when the sandbox has ended.
+        """
+        self._journal.append(
+            Write(MOVE_VM, {"key": row.id, "was": was, **_changing(row)}),
+            _event(at, row.session_id, row.id, f"vm.{row.state}", reason=row.why, detail=detail),
+        )
+        if row.state is State.ENDED and vm_seconds:
+            self._journal.append(Write(COUNT_VM_SECONDS, {"key": row.session_id, "up": vm_seconds}))
+
+    async def mark_lost(self) -> None:
+        """Every sandbox that is not ended in the tables belonged to a server that is no more."""
+        now = datetime.now(UTC)
+        ask = select(vms.c.id, vms.c.session_id).where(vms.c.state != State.ENDED)
+        lost = await self._engine.run(lambda connection: connection.execute(ask).all())
+        for row in lost:
+            values = {"key": row.id, "state": State.ENDED, "why": EndReason.NODE_LOST, "ended_at": now}
+            self._journal.append(
+                Write(LOSE_VM, values),
+                _event(
+                    now,
+                    row.session_id,
+                    row.id,
+                    "vm.ended",
+                    reason=EndReason.NODE_LOST,
+                    detail="the server was restarted",
+                ),
+            )
+        await self._journal.written()
+
+
+def _load(connection: Connection, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+    row = connection.execute(select(sessions).where(sessions.c.id == session_id)).one_or_none()
+    if row is None:
+        return None
+    latest = select(vms).where(vms.c.session_id == session_id).order_by(vms.c.created_at.desc()).limit(1)
+    vm = connection.execute(latest).one_or_none()
+    return _session(row), None if vm is None else _vm(vm)
+
+
+def _event(
+    at: datetime,
+    session_id: str,
+    vm_id: str | None,
+    event: str,
+    *,
+    reason: EndReason | None = None,
+    detail: str | None = None,
+) -> Write:
+    values = {"at": at, "session_id": session_id, "vm_id": vm_id, "event": event, "reason": reason}
+    return Write(ADD_EVENT, {**values, "detail": detail})
+
+
+def _changing(row: VmRow) -> dict[str, Any]:
+    """What a step can change."""
+    start = None if row.start is None else asdict(row.start) | {"steps_ms": dict(row.start.steps_ms)}
+    return {
+        "state": row.state,
+        "why": row.why,
+        "started_at": row.started_at,
+        "expires_at": row.expires_at,
+        "ended_at": row.ended_at,
+        "start": start,
+    }
+
+
+def _session(row: Row[Any]) -> SessionRow:
+    return SessionRow(
+        id=row.id,
+        tenant_id=row.tenant_id,
+        created_at=row.created_at,
+        closed_at=row.closed_at,
+        lifetime_s=row.lifetime_s,
+        vcpus=row.vcpus,
+        memory_mib=row.memory_mib,
+        image=row.image,
+        metadata=row.metadata,
+        env_keys=tuple(row.env_keys),
+        usage=Usage(row.execution_count, row.execution_time_s, row.cpu_time_s, row.vm_seconds),
+    )
+
+
+def _vm(row: Row[Any]) -> VmRow:
+    return VmRow(
+        id=row.id,
+        session_id=row.session_id,
+        state=State(row.state),
+        why=None if row.why is None else EndReason(row.why),
+        created_at=row.created_at,
+        started_at=row.started_at,
+        expires_at=row.expires_at,
+        ended_at=row.ended_at,
+        start=None if row.start is None else Started(**{**row.start, "tier": Tier(row.start["tier"])}),
+    )

@@ -1,0 +1,196 @@
+"""Sandboxes that are up, coming up or going down: one task each, from boot until nothing is left.
+
+Times that decide something are the event loop's monotonic clock; the wall clock is only for showing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from instavm.control.ids import new_vm_id
+from instavm.control.lifecycle import Lifecycle, State
+from instavm.control.node import Node
+from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
+from instavm.errors import BootFailed, HostNotReady, InstaVMError
+from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
+
+log = logging.getLogger(__name__)
+
+STOP_S: Final = 30.0
+"""How long a node may take to remove a sandbox before control gives up waiting and says so."""
+
+
+@dataclass(slots=True, eq=False)
+class Vm:
+    """One sandbox. Only `Vms` changes it; others wait for `settled` (usable, or never will be) and `gone`."""
+
+    spec: SandboxSpec
+    session_id: str
+    lifetime_s: float
+    created_at: datetime
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    started: Started | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    up_since: float | None = None
+    """Monotonic seconds."""
+    up_until: float | None = None
+    error: InstaVMError | None = None
+    """Why the boot failed."""
+    settled: anyio.Event = field(default_factory=anyio.Event)
+    gone: anyio.Event = field(default_factory=anyio.Event)
+    python: anyio.Lock = field(default_factory=anyio.Lock)
+    """One interpreter, so one Python command at a time; the others wait their turn."""
+    running: set[anyio.CancelScope] = field(default_factory=set)
+    """Commands in flight; cancelled when the sandbox is gone and the node has not ended them itself."""
+    start_told: bool = False
+    boot: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    asked: anyio.Event = field(default_factory=anyio.Event)
+    asked_why: EndReason | None = None
+    asked_detail: str | None = None
+
+    @property
+    def id(self) -> str:
+        return self.spec.vm_id
+
+    @property
+    def usable(self) -> bool:
+        """True while commands may be sent to it, now or soon: it is not ending, and nobody asked it to."""
+        return self.lifecycle.why is None and self.asked_why is None
+
+    def ask_end(self, why: EndReason, detail: str | None = None) -> None:
+        """Have it ended. The first one to ask gives the reason."""
+        if self.usable:
+            self.asked_why, self.asked_detail = why, detail
+            self.boot.cancel()
+            self.asked.set()
+
+    def uptime_s(self) -> float:
+        """Seconds since it was ready; once it ended, how long it was up."""
+        if self.up_since is None:
+            return 0.0
+        return (time.monotonic() if self.up_until is None else self.up_until) - self.up_since
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the lifetime runs out; None until it is ready, 0 when it ended."""
+        if self.lifecycle.why is not None:
+            return 0.0
+        return None if self.up_since is None else max(0.0, self.lifetime_s - self.uptime_s())
+
+    def row(self) -> VmRow:
+        expires_at = None if self.started_at is None else self.started_at + timedelta(seconds=self.lifetime_s)
+        return VmRow(
+            id=self.id,
+            session_id=self.session_id,
+            state=self.lifecycle.state,
+            why=self.lifecycle.why,
+            created_at=self.created_at,
+            started_at=self.started_at,
+            expires_at=expires_at,
+            ended_at=self.ended_at,
+            start=self.started,
+        )
+
+
+class Vms:
+    """Starts and ends sandboxes on the node and records every step. Owns one task per sandbox."""
+
+    def __init__(self, node: Node, rows: SessionRows, tasks: TaskGroup) -> None:
+        self._node = node
+        self._rows = rows
+        self._tasks = tasks
+        self._live: dict[str, Vm] = {}
+        self._stopping = False
+        node.on_end(self._ended)
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def spawn(self, session: SessionRow, env: Mapping[str, str]) -> Vm:
+        """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops."""
+        if self._stopping:
+            raise HostNotReady("the server is stopping; start it again and repeat the call")
+        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
+        vm = Vm(spec, session.id, session.lifetime_s, datetime.now(UTC))
+        self._live[vm.id] = vm
+        self._rows.add_vm(vm.row())
+        self._tasks.start_soon(self._life, vm, name=vm.id)
+        return vm
+
+    async def end_all(self, why: EndReason) -> None:
+        """End every sandbox, accept no new one, and wait until nothing is left."""
+        self._stopping = True
+        for vm in list(self._live.values()):
+            vm.ask_end(why)
+        for vm in list(self._live.values()):
+            await vm.gone.wait()
+
+    def _ended(self, ended: Ended) -> None:
+        vm = self._live.get(ended.vm_id)
+        if vm is not None:
+            vm.ask_end(ended.reason, ended.detail)
+
+    async def _life(self, vm: Vm) -> None:
+        try:
+            if await self._boot(vm):
+                with anyio.move_on_after(vm.lifetime_s):
+                    await vm.asked.wait()
+                vm.ask_end(EndReason.LIFETIME)
+            self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
+        except Exception:
+            log.exception("the task of %s failed", vm.id)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._remove(vm)
+
+    async def _boot(self, vm: Vm) -> bool:
+        """Returns: whether it is active now; if not, somebody asked for its end or the boot itself did."""
+        with vm.boot:
+            try:
+                vm.started = await self._node.start(vm.spec)
+            except InstaVMError as exc:
+                vm.error = exc
+            except Exception:
+                log.exception("starting %s failed in a way that the node does not know", vm.id)
+                vm.error = BootFailed(f"{vm.id} could not be started: internal error")
+        if vm.error is not None:
+            vm.ask_end(EndReason.BOOT_FAILED, str(vm.error))
+        if not vm.usable:
+            return False
+        vm.up_since, vm.started_at = time.monotonic(), datetime.now(UTC)
+        self._move(vm, State.ACTIVE)
+        vm.settled.set()
+        return True
+
+    async def _remove(self, vm: Vm) -> None:
+        if vm.up_since is not None:
+            vm.up_until = time.monotonic()
+        vm.settled.set()
+        try:
+            with anyio.fail_after(STOP_S):
+                await self._node.stop(vm.id)
+        except Exception:
+            log.exception("%s could not be removed cleanly", vm.id)
+        finally:
+            if vm.lifecycle.state is not State.ENDING:
+                self._move(vm, State.ENDING, EndReason.SERVER_STOPPED)
+            vm.ended_at = datetime.now(UTC)
+            self._move(vm, State.ENDED)
+            del self._live[vm.id]
+            vm.gone.set()
+            for scope in vm.running:
+                scope.cancel()
+
+    def _move(self, vm: Vm, new: State, why: EndReason | None = None, detail: str | None = None) -> None:
+        was = vm.lifecycle.state
+        vm.lifecycle.to(new, why)
+        log.info("%s %s -> %s%s", vm.id, was, new, f" ({why})" if why else "")
+        self._rows.move_vm(vm.row(), was, datetime.now(UTC), detail, vm.uptime_s())

@@ -1,0 +1,131 @@
+"""Everything that can go wrong, once. `control.api.errors` maps it to HTTP, `client.errors` maps it back.
+
+InstaVMError
+├── InvalidInput            a value the caller sent is refused: names the field, the value and what is allowed
+│   ├── BadRequest          the request cannot be read: something essential is missing or malformed
+│   └── TooLarge            the request is longer than the server reads
+├── AuthenticationError     no key, or a wrong one
+├── ForbiddenError          known, but not allowed
+│   └── QuotaExceededError  a limit of the account
+├── SessionError            something about a session
+│   ├── SessionNotFound
+│   └── SessionEnded        killed: it will never run code again
+├── ExecutionError          the code could not be run (code that ran and failed is a result, not an error)
+│   └── OutcomeUnknown      the sandbox was lost on the way: the code may or may not have run
+├── RateLimitError          try again later
+│   └── NoCapacity          the host is full
+├── HostNotReady            this host lacks something: says what, and how to get it
+├── BootFailed              the sandbox did not come up; nothing of it is left
+│   └── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
+├── DiskFull                the host's disk
+├── GuestProtocolError      the guest sent what the protocol does not allow; its sandbox is ended
+├── NetworkError            the server could not be reached or did not answer (client side)
+└── UnsupportedOperationError
+"""
+
+from __future__ import annotations
+
+
+class InstaVMError(Exception):
+    """What a caller may want to catch. `code` is for programs and stays; the text is for people."""
+
+    code = "internal"
+
+
+class InvalidInput(InstaVMError):
+    """A value is refused. `field` is its name on the wire, `allowed` says in words what would be accepted."""
+
+    code = "invalid_input"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field}: {_short(value)} is not allowed; allowed: {allowed}")
+
+
+class BadRequest(InvalidInput):
+    """The request cannot be understood at all: neither `command` nor `code`, or an id that is no id."""
+
+    code = "bad_request"
+
+
+class TooLarge(InvalidInput):
+    """The request's body is longer than the server reads."""
+
+    code = "too_large"
+
+
+class AuthenticationError(InstaVMError):
+    code = "unauthenticated"
+
+
+class ForbiddenError(InstaVMError):
+    code = "forbidden"
+
+
+class QuotaExceededError(ForbiddenError):
+    code = "quota_exceeded"
+
+
+class SessionError(InstaVMError):
+    code = "session"
+
+
+class SessionNotFound(SessionError):
+    code = "session_not_found"
+
+
+class SessionEnded(SessionError):
+    code = "session_ended"
+
+
+class ExecutionError(InstaVMError):
+    code = "execution"
+
+
+class OutcomeUnknown(ExecutionError):
+    """The link broke after the code was sent: it may or may not have run. Never retried for the caller."""
+
+    code = "outcome_unknown"
+
+
+class RateLimitError(InstaVMError):
+    code = "rate_limited"
+
+
+class NoCapacity(RateLimitError):
+    code = "no_capacity"
+
+
+class HostNotReady(InstaVMError):
+    code = "host_not_ready"
+
+
+class BootFailed(InstaVMError):
+    code = "boot_failed"
+
+
+class CorruptTemplate(BootFailed):
+    code = "corrupt_template"
+
+
+class DiskFull(InstaVMError):
+    code = "disk_full"
+
+
+class GuestProtocolError(InstaVMError):
+    code = "guest_protocol"
+
+
+class NetworkError(InstaVMError):
+    code = "network"
+
+
+class UnsupportedOperationError(InstaVMError):
+    code = "unsupported"
+
+
+def _short(value: object, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

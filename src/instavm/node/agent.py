@@ -1,0 +1,264 @@
+"""The host's end of the line to a guest's agent.
+
+The guest is hostile: what it sends is checked, counted and bounded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import anyio
+from anyio.abc import ByteStream
+
+from instavm import limits
+from instavm.errors import ExecutionError, GuestProtocolError, OutcomeUnknown
+from instavm.sandbox import Command, Outcome, OutputSink, Stream
+from instavm_guest import frames
+
+RECEIVE_BYTES = 256 << 10
+ANSWER_GRACE_S = 15.0
+"""How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
+REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
+
+
+class Capture:
+    """What a stream's result keeps: its head and its tail, `limit` bytes at most, and how much was left out."""
+
+    def __init__(self, limit: int = limits.OUTPUT_BYTES) -> None:
+        self._half = limit // 2
+        self._head = bytearray()
+        self._tail = bytearray()
+        self.left_out = 0
+
+    def add(self, data: bytes) -> None:
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:] if room < len(data) else b""
+        if len(self._tail) > 2 * self._half:
+            self._cut()
+
+    def text(self) -> str:
+        self._cut()
+        if not self.left_out:
+            return (self._head + self._tail).decode(errors="replace")
+        note = f"\n… {self.left_out} bytes left out …\n"
+        return self._head.decode(errors="replace") + note + self._tail.decode(errors="replace")
+
+    def _cut(self) -> None:
+        over = len(self._tail) - self._half
+        if over > 0:
+            del self._tail[:over]
+            self.left_out += over
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    protocol: int
+    python: str
+    kernel: str
+
+
+class _Request:
+    def __init__(self, on_output: OutputSink | None) -> None:
+        self.done = anyio.Event()
+        self.answer: dict[str, object] | None = None
+        self.error: Exception | None = None
+        self.captures: dict[Stream, Capture] = {"stdout": Capture(), "stderr": Capture()}
+        self._on_output = on_output
+
+    def output(self, stream: Stream, data: bytes) -> None:
+        self.captures[stream].add(data)
+        if self._on_output is not None:
+            self._on_output(stream, data)
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+
+class Agent:
+    """Several requests may be under way at once; answers find theirs by number."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._decoder = frames.Decoder(frames.FROM_GUEST, frames.GUEST_PAYLOAD_MAX)
+        self._numbers = itertools.count(1)
+        self._pending: dict[int, _Request] = {}
+        self._hello = anyio.Event()
+        self._hello_text: dict[str, object] = {}
+        self._lost: Exception | None = None
+        self._sending = anyio.Lock()
+
+    async def run(self) -> None:
+        """Read until the line ends; whoever still waits is told. Returns, never raises, when the guest is gone."""
+        try:
+            while True:
+                data = await self._stream.receive(RECEIVE_BYTES)
+                for kind, request, payload in self._decoder.feed(data):
+                    self._take(kind, request, payload)
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self._lose(OutcomeUnknown("the sandbox was lost while the command ran; it may or may not have run"))
+        except frames.FrameError as exc:
+            self._lose(GuestProtocolError(f"the guest broke the protocol: {exc}"))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._stream.aclose()
+
+    async def hello(self, timeout_s: float) -> Hello:
+        """The agent's first word after a cold boot. Raises TimeoutError, GuestProtocolError, OutcomeUnknown."""
+        with anyio.fail_after(timeout_s):
+            await self._hello.wait()
+        if self._lost is not None:
+            raise self._lost
+        text = self._hello_text
+        try:
+            hello = Hello(int(str(text["protocol"])), str(text["python"])[:40], str(text["kernel"])[:80])
+        except (KeyError, ValueError) as exc:
+            raise GuestProtocolError(f"the guest's hello can't be read: {exc}") from exc
+        if hello.protocol != frames.PROTOCOL:
+            raise GuestProtocolError(f"the guest speaks protocol {hello.protocol}, this host {frames.PROTOCOL}")
+        return hello
+
+    async def configure(self, env: dict[str, str], cwd: str) -> None:
+        await self._ask(frames.CONFIGURE, {"env": env, "cwd": cwd}, None)
+
+    async def rest(self) -> None:
+        """The guest is about to be saved as a template; what it can do ahead for its clones, it starts now."""
+        await self._ask(frames.REST, {}, None)
+
+    async def identify(self, identity: dict[str, object]) -> None:
+        """Make this clone someone of its own. Nothing may run in it before this has returned."""
+        await self._ask(frames.IDENTIFY, identity, None)
+
+    async def execute(self, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        """Raises OutcomeUnknown, GuestProtocolError, ExecutionError."""
+        message: dict[str, object] = {
+            "code": command.code,
+            "language": command.language,
+            "timeout": command.timeout_s,
+            "env": dict(command.env),
+        }
+        try:
+            with anyio.fail_after(command.timeout_s + ANSWER_GRACE_S):
+                request = await self._ask(frames.EXECUTE, message, on_output)
+        except TimeoutError:
+            raise OutcomeUnknown("the guest's agent does not answer any more; the command may have run") from None
+        return _outcome(request)
+
+    async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> _Request:
+        if self._lost is not None:
+            raise self._lost
+        number = next(self._numbers)
+        request = self._pending[number] = _Request(on_output)
+        try:
+            async with self._sending:
+                await self._stream.send(frames.encode_json(kind, number, message))
+            await request.done.wait()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            raise OutcomeUnknown("the sandbox was lost while the command was sent") from None
+        except anyio.get_cancelled_exc_class():
+            await self._cancel(number)
+            raise
+        finally:
+            del self._pending[number]
+        if request.error is not None:
+            raise request.error
+        return request
+
+    async def _cancel(self, number: int) -> None:
+        """Nobody waits for the answer any more, so the guest need not go on."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(1.0):
+            try:
+                async with self._sending:
+                    await self._stream.send(frames.encode_json(frames.CANCEL, number, {}))
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                return
+
+    def _take(self, kind: int, number: int, payload: bytes) -> None:
+        if kind == frames.HELLO:
+            self._greeted(frames.decode_json(payload))
+            return
+        request = self._pending.get(number)
+        if request is None:
+            return  # an answer that nobody waits for any more
+        if kind == frames.STDOUT:
+            request.output("stdout", payload)
+        elif kind == frames.STDERR:
+            request.output("stderr", payload)
+        elif kind == frames.DONE:
+            request.answer = frames.decode_json(payload)
+            request.done.set()
+        else:
+            told = frames.decode_json(payload)
+            request.fail(ExecutionError(f"the guest's agent: {str(told.get('message'))[:500]}"))
+
+    def _greeted(self, text: dict[str, object]) -> None:
+        if self._hello.is_set():  # a second agent: the first one died, and with it all that ran
+            for request in self._pending.values():
+                request.fail(OutcomeUnknown("the guest's agent was restarted while the command ran"))
+        self._hello_text = text
+        self._hello.set()
+
+    def _lose(self, error: Exception) -> None:
+        self._lost = error
+        self._hello.set()
+        for request in self._pending.values():
+            request.fail(error)
+
+
+@asynccontextmanager
+async def connected(stream: ByteStream) -> AsyncIterator[Agent]:
+    """An agent whose line is read for as long as the block lasts. What the block raises comes out as it is."""
+    agent = Agent(stream)
+    raised: BaseException | None = None
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(agent.run)
+        try:
+            yield agent
+        except Exception as exc:  # carried past the group, which would wrap it
+            raised = exc
+        tasks.cancel_scope.cancel()
+    if raised is not None:
+        raise raised
+
+
+def _outcome(request: _Request) -> Outcome:
+    answer = request.answer
+    if answer is None:
+        raise GuestProtocolError("the guest ended a request without an answer")
+    exit_code, reason = answer.get("exit_code"), answer.get("reason")
+    if not isinstance(exit_code, int) or not -255 <= exit_code <= 255:
+        raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
+    if reason is not None and reason not in REASONS:
+        raise GuestProtocolError(f"the guest's reason is {str(reason)[:40]}")
+    out, err = request.captures["stdout"], request.captures["stderr"]
+    stderr = err.text()
+    if reason in _EXPLAINED:
+        stderr += _EXPLAINED[str(reason)]
+    return Outcome(
+        stdout=out.text(),
+        stderr=stderr,
+        exit_code=exit_code,
+        execution_time_s=_seconds(answer.get("wall")),
+        cpu_time_s=_seconds(answer.get("cpu")),
+        timed_out=reason == "timeout",
+        truncated=bool(out.left_out or err.left_out),
+        reason=None if reason is None else str(reason),
+    )
+
+
+_EXPLAINED = {
+    "timeout": "[instavm] timed out: the command was stopped\n",
+    "cancelled": "[instavm] cancelled\n",
+    "interpreter_crashed": "[instavm] the Python interpreter ended; its variables are gone, files are kept\n",
+}
+
+
+def _seconds(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")
+    return float(value)

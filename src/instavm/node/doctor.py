@@ -1,0 +1,76 @@
+"""What a host must have to run sandboxes, each with what to do when it is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from instavm.errors import InstaVMError
+from instavm.node.images.store import ImageStore
+from instavm.node.machines import FREE_BYTES_MIN
+from instavm.node.vmm import choose, qemu
+from instavm.settings import Settings
+
+PROGRAMS = {"qemu-img": "qemu-utils"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def host_memory_mib() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def checks(settings: Settings) -> Iterator[Check]:
+    """Every precondition, in the order in which a sandbox needs them."""
+    yield _qemu()
+    for program, package in PROGRAMS.items():
+        found = shutil.which(program)
+        yield Check(program, found is not None, found or "not found", f"apt-get install {package}")
+    yield _kvm()
+    yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
+    yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
+    yield _image(settings)
+    yield Check("memory", host_memory_mib() >= 1024, f"{host_memory_mib()} MiB", "at least 1 GiB of memory")
+
+
+def _qemu() -> Check:
+    try:
+        return Check("qemu", True, qemu.installed_version())
+    except InstaVMError as exc:
+        return Check("qemu", False, str(exc), "apt-get install qemu-system-x86")
+
+
+def _kvm() -> Check:
+    """Never a failure: without KVM sandboxes are emulated, and say so."""
+    if not choose.KVM_DEVICE.exists():
+        return Check("kvm", True, "no /dev/kvm: sandboxes run on the emulated tier")
+    if not os.access(choose.KVM_DEVICE, os.R_OK | os.W_OK):
+        return Check("kvm", True, "/dev/kvm is not yours to open (group kvm): sandboxes run on the emulated tier")
+    return Check("kvm", True, "/dev/kvm opens; whether a guest boots on it is tried when the server starts")
+
+
+def _folder(name: str, path: Path, variable: str) -> Check:
+    place = path
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return Check(name, False, f"{path}: {place} is not writable", f"set {variable} to a folder of yours")
+    free = shutil.disk_usage(place).free
+    enough = free >= FREE_BYTES_MIN
+    return Check(name, enough, f"{path}: {free >> 20} MiB free", f"free {FREE_BYTES_MIN >> 20} MiB or move {variable}")
+
+
+def _image(settings: Settings) -> Check:
+    image = ImageStore(settings.cache_dir, settings.disk_gib).find("default")
+    if image is None:
+        return Check("default image", False, "not built yet", "./scripts/start")
+    return Check("default image", True, f"{image.used_bytes >> 20} MiB, {image.digest[:12]}")

@@ -1,0 +1,20 @@
+"""What a clone must not share with its template or its siblings, made fresh on the host for every restore."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+
+
+def fresh(hostname: str, env: Mapping[str, str]) -> dict[str, object]:
+    """The message that makes a clone someone of its own; contains secrets (entropy, env), so never logged."""
+    return {
+        "time": time.time(),
+        "entropy": secrets.token_hex(64),
+        "hostname": hostname,
+        "machine_id": secrets.token_hex(16),
+        "boot_id": str(uuid.uuid4()),
+        "env": dict(env),
+    }

@@ -1,0 +1,64 @@
+"""What of ours exists on this host right now, read from the host and not from our records."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+VMMS = ("qemu-system", "firecracker")
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What must be gone when no sandbox is left. Two that are equal hold the same things."""
+
+    processes: frozenset[int]
+    homes: frozenset[str]
+
+
+def take(state_dir: Path) -> Inventory:
+    folder = state_dir / "machines"
+    homes = frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset[str]()
+    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes)
+
+
+def vmm_processes(folder: Path) -> Iterator[psutil.Process]:
+    """VMM processes whose disk lies under `folder`: known by what they run on, not by a number written down somewhere."""
+    mark = f"{folder}/"
+    for process in psutil.process_iter():
+        try:
+            ours = any(mark in argument for argument in process.cmdline())
+            if ours and Path(process.exe()).name.startswith(VMMS):
+                yield process
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+
+
+def clear(state_dir: Path) -> list[int]:
+    """End what a server that was killed left behind; the pids ended. Only with the state directory's lock held."""
+    folder = state_dir / "machines"
+    ended = []
+    for process in vmm_processes(folder):
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            continue
+        try:
+            if process.is_running():  # the number still means the process that was looked at
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                process.wait(10)
+                ended.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+        finally:
+            os.close(pidfd)
+    if folder.is_dir():
+        for home in folder.iterdir():
+            shutil.rmtree(home, ignore_errors=True)
+    return ended

@@ -1,0 +1,229 @@
+"""The node's face: starts, runs and ends sandboxes on this host. Satisfies `instavm.control.node.Node`."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from instavm.errors import (
+    BootFailed,
+    GuestProtocolError,
+    HostNotReady,
+    InstaVMError,
+    NoCapacity,
+    OutcomeUnknown,
+    SessionEnded,
+)
+from instavm.node import doctor, identity, inventory
+from instavm.node.agent import Agent, connected
+from instavm.node.images.store import Image, ImageStore
+from instavm.node.machines import Machines, Prepared
+from instavm.node.templates import Templates
+from instavm.node.vmm.base import Driver
+from instavm.node.vmm.choose import choose
+from instavm.sandbox import Command, Ended, EndReason, NodeInfo, Outcome, OutputSink, SandboxSpec, Started
+from instavm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Steps:
+    """How long each step of a start took, in milliseconds, in order."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.ms: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.ms[name] = round((now - self._last) * 1000, 3)
+        self._last = now
+
+
+class Sandbox:
+    """One that is live: its agent, and how it is told to end."""
+
+    def __init__(self, spec: SandboxSpec, agent: Agent, prepared: Prepared) -> None:
+        self.spec = spec
+        self.agent = agent
+        self.prepared = prepared
+        self.stop = anyio.Event()
+        self.gone = anyio.Event()
+        self.why: str | None = None
+
+    def lost(self, why: str) -> None:
+        """It can't go on; the reason is kept for who asks."""
+        self.why = self.why or why
+        self.stop.set()
+
+
+class Runtime:
+    def __init__(
+        self,
+        settings: Settings,
+        driver: Driver,
+        probe: str,
+        images: ImageStore,
+        templates: Templates,
+        machines: Machines,
+        tasks: TaskGroup,
+    ) -> None:
+        self._settings = settings
+        self._driver = driver
+        self._probe = probe
+        self._images = images
+        self._templates = templates
+        self._machines = machines
+        self._tasks = tasks
+        self._live: dict[str, Sandbox] = {}
+        self._found: dict[str, Image] = {}
+        self._on_end: Callable[[Ended], None] = lambda ended: None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings) -> AsyncIterator[Runtime]:
+        """A node on this host, with what a killed predecessor left behind removed; every sandbox ends with the block.
+
+        Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
+        """
+        with _owned(settings):
+            ended = await anyio.to_thread.run_sync(inventory.clear, settings.state_dir)
+            if ended:
+                log.warning("ended %d machines that a killed server left behind", len(ended))
+            driver, probe = await choose(settings)
+            images = ImageStore(settings.cache_dir, settings.disk_gib)
+            guest = await anyio.to_thread.run_sync(images.ensure_guest)
+            templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
+            machines = Machines(settings.state_dir, driver, settings.spare_machines)
+            async with machines.open(), anyio.create_task_group() as tasks:
+                runtime = cls(settings, driver, probe, images, templates, machines, tasks)
+                try:
+                    yield runtime
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        for vm_id in list(runtime._live):
+                            await runtime.stop(vm_id)
+                    tasks.cancel_scope.cancel()
+
+    async def start(self, spec: SandboxSpec) -> Started:
+        total = doctor.host_memory_mib()
+        if spec.memory_mib > total:
+            raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
+        started: Started = await self._tasks.start(self._life, spec, name=f"sandbox {spec.vm_id}")
+        return started
+
+    async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        sandbox = self._live.get(vm_id)
+        if sandbox is None or sandbox.stop.is_set():
+            raise SessionEnded(f"sandbox {vm_id} is not running")
+        try:
+            return await sandbox.agent.execute(command, on_output)
+        except OutcomeUnknown as exc:
+            sandbox.lost(str(exc))
+            raise
+        except GuestProtocolError as exc:
+            sandbox.lost(str(exc))
+            raise OutcomeUnknown(f"the sandbox was ended while the command ran: {exc}") from exc
+
+    async def stop(self, vm_id: str) -> None:
+        sandbox = self._live.get(vm_id)
+        if sandbox is not None:
+            sandbox.stop.set()
+            await sandbox.gone.wait()
+
+    def on_end(self, callback: Callable[[Ended], None]) -> None:
+        self._on_end = callback
+
+    async def info(self) -> NodeInfo:
+        image = await anyio.to_thread.run_sync(self._images.find, "default")
+        return NodeInfo(
+            driver=self._driver.name,
+            driver_version=await self._driver.version(),
+            tier=self._driver.tier,
+            probe=self._probe,
+            images={} if image is None else {"default": image.digest},
+        )
+
+    async def _life(self, spec: SandboxSpec, *, task_status: TaskStatus[Started]) -> None:
+        """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
+        steps = Steps()
+        template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
+        steps.mark("template")
+        prepared, spare = await self._machines.take(template)
+        steps.mark("spare_machine" if spare else "machine")
+        sandbox: Sandbox | None = None
+        try:
+            async with connected(prepared.line) as agent:
+                with self._boot_errors(spec):
+                    await prepared.machine.load()
+                    steps.mark("restore")
+                    with anyio.fail_after(self._settings.restore_timeout_s):
+                        await agent.identify(identity.fresh(spec.vm_id, spec.env))
+                steps.mark("identity")
+                sandbox = self._live[spec.vm_id] = Sandbox(spec, agent, prepared)
+                task_status.started(
+                    Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
+                )
+                await self._until_end(sandbox)
+        finally:
+            await prepared.aclose()
+            if sandbox is not None:
+                del self._live[spec.vm_id]
+                sandbox.gone.set()
+        if sandbox.why is not None:
+            self._on_end(Ended(spec.vm_id, EndReason.CRASHED, sandbox.why))
+
+    async def _until_end(self, sandbox: Sandbox) -> None:
+        async def died() -> None:
+            status = await sandbox.prepared.machine.wait()
+            sandbox.lost(f"the machine ended by itself (status {status})")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(died)
+            await sandbox.stop.wait()
+            tasks.cancel_scope.cancel()
+
+    async def _image(self, name: str) -> Image:
+        if (known := self._found.get(name)) is not None:
+            return known
+        image = await anyio.to_thread.run_sync(self._images.find, name)
+        if image is None:
+            raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
+        self._found[name] = image
+        return image
+
+    @contextmanager
+    def _boot_errors(self, spec: SandboxSpec) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as exc:
+            limit = self._settings.restore_timeout_s
+            raise BootFailed(f"sandbox {spec.vm_id} did not answer within {limit:.0f} s of its restore") from exc
+        except BootFailed:
+            raise
+        except InstaVMError as exc:
+            raise BootFailed(f"sandbox {spec.vm_id} did not come up: {exc}") from exc
+
+
+@contextmanager
+def _owned(settings: Settings) -> Iterator[None]:
+    """The state directory, for one server at a time; the kernel lets go of it however we end."""
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(settings.state_dir / "node.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise HostNotReady(
+                f"another server uses {settings.state_dir}; stop it, or set INSTAVM_STATE_DIR to another folder"
+            ) from exc
+        yield
+    finally:
+        os.close(fd)

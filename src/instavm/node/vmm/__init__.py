@@ -1,0 +1,1 @@
+"""Drivers of virtual machine monitors, all behind `base.Driver` and `base.Machine`."""

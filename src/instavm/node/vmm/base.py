@@ -1,0 +1,96 @@
+"""The driver seam: how to get a machine, talk to it, save it and be rid of it. No more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from anyio.abc import ByteStream
+
+from instavm.sandbox import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """What a machine is made of. Machines with equal specs can be restored from each other's saved state."""
+
+    kernel: Path
+    initrd: Path
+    system: Path
+    """Read-only system image: the agent and the Python that runs it."""
+    vcpus: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A machine at rest: what `Machine.save` wrote and `Driver.prepare` reads. None of the files may change any more."""
+
+    spec: MachineSpec
+    memory: Path
+    """Guest memory; sparse. Mapped copy-on-write, so that all who restore it share its pages."""
+    state: Path
+    """Devices and vCPUs, in the VMM's own format."""
+
+
+class Machine(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def alive(self) -> bool:
+        """Whether the VMM process is there."""
+        ...
+
+    async def dial(self) -> ByteStream:
+        """Raw bytes to and from the guest's agent. One line at a time; dial again after it broke."""
+        ...
+
+    async def load(self) -> None:
+        """On a prepared machine, once: bring in the saved state and run. Raises BootFailed."""
+        ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def save(self, state: Path) -> None:
+        """Write devices and vCPUs. Only while paused, only on a machine that was booted, not restored."""
+        ...
+
+    async def wait(self) -> int:
+        """Until the VMM process is gone; its exit status, negative for a signal."""
+        ...
+
+    async def console(self) -> str:
+        """The last the guest's kernel printed, for people who look for what went wrong; bounded."""
+        ...
+
+    async def aclose(self) -> None:
+        """Kill, reap. Twice is fine. Leaves the machine's folder to its owner."""
+        ...
+
+
+class Driver(Protocol):
+    name: str
+    tier: Tier
+
+    async def version(self) -> str:
+        """Raises HostNotReady when the VMM is missing or too old."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Everything about this driver that a saved state depends on."""
+        ...
+
+    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path) -> Machine:
+        """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed."""
+        ...
+
+    async def prepare(self, saved: Saved, disk: Path, home: Path, *, background: bool) -> Machine:
+        """A VMM process that waits for `load`; nothing of the guest runs yet. Raises BootFailed.
+
+        background: it starts up only while nothing else wants the CPU, and gets its full share with `load`.
+        """
+        ...

@@ -1,0 +1,72 @@
+"""Which driver this host gets. A device node proves nothing: hardware virtualisation counts once a guest has booted."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import anyio
+
+from instavm.node.images.store import GuestBase, ImageStore
+from instavm.node.vmm import qemu
+from instavm.node.vmm.base import Driver
+from instavm.settings import Settings
+
+KVM_DEVICE = Path("/dev/kvm")
+PROBE_DEADLINE_S = 8.0
+PROBE_ARGUMENTS = "console=ttyS0 quiet panic=-1 reboot=t instavm.probe"
+"""The initramfs powers off at once when it finds `instavm.probe`."""
+
+
+async def choose(settings: Settings) -> tuple[Driver, str]:
+    """The driver, and in words how it was chosen. Raises HostNotReady."""
+    if settings.acceleration != "auto":
+        return qemu.QemuDriver(settings.acceleration), f"acceleration={settings.acceleration} was set"
+    if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+        why = "can't be opened by this user" if KVM_DEVICE.exists() else "is not there"
+        return qemu.QemuDriver("tcg"), f"{KVM_DEVICE} {why}"
+    works, words = await _remembered(settings)
+    return qemu.QemuDriver("kvm" if works else "tcg"), words
+
+
+async def _remembered(settings: Settings) -> tuple[bool, str]:
+    """The probe's answer, asked again when kernel, VMM or boot have changed."""
+    version = await anyio.to_thread.run_sync(qemu.installed_version)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    about = f"{platform.release()} {boot} qemu {version}"
+    record = settings.state_dir / "kvm-probe.json"
+    try:
+        known = json.loads(record.read_text())
+        if known["about"] == about:
+            return bool(known["works"]), str(known["words"])
+    except (OSError, ValueError, KeyError):
+        pass  # never asked, or not readable: ask
+    store = ImageStore(settings.cache_dir, settings.disk_gib)
+    works, words = await probe(await anyio.to_thread.run_sync(store.ensure_guest))
+    record.write_text(json.dumps({"about": about, "works": works, "words": words}))
+    return works, words
+
+
+async def probe(guest: GuestBase) -> tuple[bool, str]:
+    """Boot our kernel under KVM until its init switches it off, or the deadline passes."""
+    with tempfile.TemporaryFile() as log:
+        command = [
+            *(qemu.BINARY, "-M", "microvm,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", "256M"),
+            *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"),
+            *("-kernel", str(guest.kernel), "-initrd", str(guest.initrd), "-append", PROBE_ARGUMENTS),
+        ]
+        async with await anyio.open_process(command, stdin=None, stdout=log, stderr=log) as process:
+            with anyio.move_on_after(PROBE_DEADLINE_S):
+                await process.wait()
+            if process.returncode is None:
+                process.kill()
+                return False, f"{KVM_DEVICE} opens, but a guest does not boot on it within {PROBE_DEADLINE_S:.0f} s"
+        log.seek(0)
+        said = log.read().decode(errors="replace")
+    if process.returncode == 0 and "instavm.probe" in said:
+        return True, "a guest booted under KVM"
+    last = said.strip().splitlines()[-1:] or ["nothing"]
+    return False, f"{KVM_DEVICE} opens, but QEMU stopped with status {process.returncode}: {last[0][:200]}"

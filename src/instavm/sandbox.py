@@ -1,0 +1,98 @@
+"""The words that control and node share: what is asked of a node, and what it answers.
+
+Frozen values only; no I/O. Control decides with them, a node acts on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+
+class Tier(StrEnum):
+    """What confines a sandbox. Shown to users, never hidden."""
+
+    KVM = "kvm"
+    EMULATED = "emulated"
+
+
+class EndReason(StrEnum):
+    """Why a sandbox is gone."""
+
+    KILLED = "killed"
+    LIFETIME = "lifetime"
+    BOOT_FAILED = "boot_failed"
+    CRASHED = "crashed"
+    NODE_LOST = "node_lost"
+    SERVER_STOPPED = "server_stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    vm_id: str
+    vcpus: int
+    memory_mib: int
+    image: str = "default"
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sandbox that is ready for user code: restored, and made different from every other clone."""
+
+    vm_id: str
+    driver: str
+    tier: Tier
+    cold: bool
+    """True when this size was asked for the first time and its template had to be booted."""
+    steps_ms: Mapping[str, float]
+    """Milliseconds per step, in the order they happened; they add up to the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    code: str
+    language: str
+    timeout_s: float
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+Stream = Literal["stdout", "stderr"]
+OutputSink = Callable[[Stream, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one command. Code that failed is an outcome too, not an error."""
+
+    stdout: str
+    stderr: str
+    exit_code: int
+    execution_time_s: float
+    cpu_time_s: float
+    timed_out: bool = False
+    truncated: bool = False
+    reason: str | None = None
+    """None = it ended by itself; else what ended it: timeout, interpreter_crashed, oom …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sandbox ended without being told to."""
+
+    vm_id: str
+    reason: EndReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    driver: str
+    driver_version: str
+    tier: Tier
+    probe: str
+    """How the tier was established, in words."""
+    images: Mapping[str, str]
+    """Name → content digest."""

@@ -1,0 +1,85 @@
+"""`POST /execute`: what is asked, what comes back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
+
+from instavm import limits
+from instavm.errors import BadRequest
+from instavm.wire.base import Wire
+from instavm.wire.sessions import Start
+
+
+def _runnable(command: str) -> str:
+    if not command.strip():
+        raise ValueError("blank")
+    try:
+        size = len(command.encode())
+    except UnicodeEncodeError:
+        raise ValueError("it cannot be written as UTF-8") from None
+    if size > limits.COMMAND_BYTES:
+        raise ValueError(f"{size} bytes")
+    return command
+
+
+def _known(language: str) -> str:
+    if language not in limits.LANGUAGES:
+        raise ValueError("unknown language")
+    return language
+
+
+def _default_language(value: object) -> object:
+    return "python" if value is None else value
+
+
+Code = Annotated[str, AfterValidator(_runnable)]
+Language = Annotated[str, BeforeValidator(_default_language), AfterValidator(_known)]
+TimeoutS = Annotated[
+    float,
+    Field(strict=True, ge=limits.EXECUTE_TIMEOUT_S_MIN, le=limits.EXECUTE_TIMEOUT_S_MAX, allow_inf_nan=False),
+]
+
+
+class Execute(Wire):
+    """One command. It may come as `command` or as `code`, which wins when both are there."""
+
+    command: Code
+    session_id: str | None = None
+    """None = make a session for it."""
+    api_key: SecretStr | None = None
+    language: Language = "python"
+    timeout: TimeoutS | None = None
+    """Seconds of wall clock in the guest; boot is not counted. None = the server's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _code_is_command(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        command = given.get("code") if given.get("code") is not None else given.get("command")
+        if command is None:
+            raise BadRequest("command", None, limits.ALLOWED["command"])
+        return {**given, "command": command}
+
+
+class Execution(Wire):
+    """What became of the command. Code that failed is a result too: `exit_code` and `stderr` tell."""
+
+    stdout: str
+    stderr: str
+    exit_code: int | None = None
+    execution_time: float = 0.0
+    """Seconds of wall clock in the guest."""
+    cpu_time: float = 0.0
+    """Seconds."""
+    session_id: str | None = None
+    language: str | None = None
+    timed_out: bool = False
+    truncated: bool = False
+    reason: str | None = None
+    """None = it ended by itself; else what ended it."""
+    vm_id: str | None = None
+    timing: Start | None = None
+    """How the sandbox came up; only with the first result that comes out of it."""

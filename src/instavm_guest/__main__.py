@@ -1,0 +1,3 @@
+from instavm_guest.agent import main
+
+main()

@@ -1,0 +1,131 @@
+"""The agent: one thread, one poll loop between the host, the interpreter and the programs that are running."""
+
+from __future__ import annotations
+
+import os
+import platform
+import select
+import time
+from collections.abc import Callable
+
+from instavm_guest import frames, link, spawner, world
+from instavm_guest.frames import Message
+from instavm_guest.interpreter import Interpreter
+from instavm_guest.programs import Programs
+
+USER_ROOT = "/sandbox"
+SHELLS = {
+    "bash": (("bash", "-c"),),
+    "sh": (("sh", "-c"),),
+}
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Agent:
+    def __init__(self) -> None:
+        world.set_up()
+        self._identity = world.Identity()
+        _, line = spawner.start(USER_ROOT)
+        self._handlers: dict[int, Callable[[int], object]] = {}
+        self._poll = select.poll()
+        self._env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "SHELL": "/bin/bash"}
+        self._cwd = "/app"
+        self._identified = False
+        self._programs = Programs(self, line)
+        self._interpreter = Interpreter(self, self._programs)
+        self._link = link.open_link()
+        self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
+
+    # what programs and the interpreter need of the loop
+
+    def watch(self, fd: int, handler: Callable[[int], object]) -> None:
+        self._handlers[fd] = handler
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def send(self, kind: int, request: int, payload: bytes) -> None:
+        self._link.write(frames.encode(kind, request, payload))
+
+    def answer(self, request: int, message: Message) -> None:
+        self._link.write(frames.encode_json(frames.DONE, request, message))
+
+    def fail(self, request: int, code: str, text: str) -> None:
+        self._link.write(frames.encode_json(frames.FAILED, request, {"code": code, "message": text[:4000]}))
+
+    # the loop
+
+    def run(self) -> None:
+        self._hello()
+        poll, handlers, timers = self._poll, self._handlers, (self._programs, self._interpreter)
+        host = self._link.fileno()
+        poll.register(host, select.POLLIN)
+        while True:
+            deadline = min((t.next_deadline() for t in timers), default=None, key=lambda d: d or 1e18)
+            wait = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+            for fd, event in poll.poll(wait):
+                if fd == host:
+                    self._from_host(event)
+                elif fd in handlers:
+                    handlers[fd](fd)
+            if deadline is not None and time.monotonic() >= deadline:
+                for timer in timers:
+                    timer.expire(time.monotonic())
+
+    def _hello(self) -> None:
+        message = {"protocol": frames.PROTOCOL, "python": platform.python_version(), "kernel": os.uname().release}
+        self._link.write(frames.encode_json(frames.HELLO, 0, message))
+
+    def _from_host(self, event: int) -> None:
+        data = self._link.read()
+        if not data:
+            if event & select.POLLHUP:
+                self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
+                time.sleep(link.HOST_AWAY_S)
+            return
+        for kind, request, payload in self._decoder.feed(data):
+            try:
+                self._handle(kind, request, frames.decode_json(payload))
+            except Exception as exc:  # the edge of one request: it fails, the agent goes on
+                self.fail(request, "agent_error", f"{type(exc).__name__}: {exc}")
+
+    def _handle(self, kind: int, request: int, message: Message) -> None:
+        if kind == frames.EXECUTE:
+            self._execute(request, message)
+        elif kind == frames.IDENTIFY:
+            self._identified = False
+            self._identity.take(message)
+            self._interpreter.identify(message["env"])
+            self._env.update(message["env"])
+            self._identified = True
+            self.answer(request, {})
+        elif kind == frames.CONFIGURE:
+            self._env.update(message["env"])
+            self._cwd = message["cwd"]
+            self._interpreter.start(self._env, self._cwd)
+            self._identified = True  # template time: nobody's code runs yet but our own warm-up
+            self.answer(request, {})
+        elif kind == frames.REST:
+            self._interpreter.rehearse()
+            self.answer(request, {})
+        elif kind == frames.CANCEL:
+            self._programs.cancel(request)
+            self._interpreter.cancel(request)
+
+    def _execute(self, request: int, message: Message) -> None:
+        if not self._identified:
+            self.fail(request, "not_identified", "this clone has no identity of its own yet")
+            return
+        code, language, timeout_s = message["code"], message["language"], message["timeout"]
+        if language == "python":
+            self._interpreter.execute(request, code, message["env"], timeout_s)
+        else:
+            programs = [(*shell, code) for shell in SHELLS[language]]
+            env = {**self._env, **message["env"]} if message["env"] else self._env
+            self._programs.run(request, programs, env, self._cwd, timeout_s)
+
+
+def main() -> None:
+    Agent().run()

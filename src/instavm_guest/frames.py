@@ -1,0 +1,99 @@
+"""Frames between host and guest: one plain file that both sides share. docs/protocol.md is the authority.
+
+A frame is a 12-byte header and a payload. The header, in network byte order:
+
+    magic u8 = 0xA5 | kind u8 | reserved u16 = 0 | request u32 | length u32
+
+`request` ties answers to the question they answer; 0 belongs to none. Control kinds carry one JSON object in UTF-8,
+STDOUT, STDERR and STDIN carry raw bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+Message = dict[str, Any]
+"""A JSON object. Whoever reads a field of it checks it."""
+
+PROTOCOL = 1
+MAGIC = 0xA5
+HEADER = struct.Struct("!BBHII")
+
+# host to guest
+CONFIGURE = 1  # once per template: what the image asks for
+IDENTIFY = 2  # once per restore, before anything else: be someone of your own
+EXECUTE = 3
+CANCEL = 4
+REST = 5  # once per template: it is about to be saved
+# guest to host
+HELLO = 16
+STDOUT = 17
+STDERR = 18
+DONE = 19  # the last answer to a request
+FAILED = 20  # the last answer to a request that could not be carried out
+
+FROM_HOST = frozenset({CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST})
+FROM_GUEST = frozenset({HELLO, STDOUT, STDERR, DONE, FAILED})
+
+HOST_PAYLOAD_MAX = 8 << 20
+"""Largest payload the host sends: a command of 1 MiB may grow sixfold as JSON."""
+GUEST_PAYLOAD_MAX = 128 << 10
+"""Largest payload the guest may send; a longer stream is cut into several frames."""
+CHUNK = 64 << 10
+
+
+class FrameError(ValueError):
+    """The other side sent what the protocol does not allow. The link cannot be used any more."""
+
+
+def encode(kind: int, request: int, payload: bytes = b"") -> bytes:
+    return HEADER.pack(MAGIC, kind, 0, request, len(payload)) + payload
+
+
+def encode_json(kind: int, request: int, message: Message) -> bytes:
+    return encode(kind, request, json.dumps(message, separators=(",", ":")).encode())
+
+
+def decode_json(payload: bytes) -> Message:
+    """Raises FrameError for anything but one JSON object."""
+    try:
+        message = json.loads(payload)
+    except (ValueError, RecursionError) as exc:
+        raise FrameError(f"payload is not JSON: {exc}") from None
+    if not isinstance(message, dict):
+        raise FrameError("payload is not a JSON object")
+    return message
+
+
+class Decoder:
+    """Bytes in, whole frames out. Holds at most one frame and what was read behind it."""
+
+    def __init__(self, kinds: frozenset[int], payload_max: int) -> None:
+        self._kinds = kinds
+        self._payload_max = payload_max
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
+        """Every frame that `data` completes, as (kind, request, payload). Raises FrameError."""
+        buffer = self._buffer
+        buffer += data
+        frames: list[tuple[int, int, bytes]] = []
+        start = 0
+        while len(buffer) - start >= HEADER.size:
+            magic, kind, reserved, request, length = HEADER.unpack_from(buffer, start)
+            if magic != MAGIC or reserved != 0:
+                raise FrameError(f"bad magic {magic:#x} or reserved field {reserved}")
+            if kind not in self._kinds:
+                raise FrameError(f"kind {kind} is not allowed in this direction")
+            if length > self._payload_max:
+                raise FrameError(f"payload of {length} bytes; at most {self._payload_max} are allowed")
+            body = start + HEADER.size
+            if len(buffer) - body < length:
+                break
+            frames.append((kind, request, bytes(buffer[body : body + length])))
+            start = body + length
+        if start:
+            del buffer[:start]
+        return frames

@@ -1,0 +1,93 @@
+"""The line to the host: a virtio-serial port under QEMU, a vsock listener under Firecracker, bytes either way."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+
+PORT_NAME = "instavm.agent"
+VSOCK_PORT = 1024
+HOST_AWAY_S = 0.05
+"""How long to wait before looking again whether the host has come back; the port has no event for it."""
+
+
+class SerialLink:
+    """A virtio-serial port. Reading blocks until the host is there; writing until it reads."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> bytes:
+        """What has arrived; b"" when the host has gone away (it may come back)."""
+        try:
+            return os.read(self._fd, 65536)
+        except BlockingIOError:
+            return b""
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                self._wait_writable()
+
+    def _wait_writable(self) -> None:
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        for _, event in poll.poll():
+            if event & select.POLLHUP:
+                time.sleep(HOST_AWAY_S)
+
+
+class VsockLink:
+    """A listener on the sandbox's own CID; the host connects, and connects again after a restore."""
+
+    def __init__(self, port: int = VSOCK_PORT) -> None:
+        self._server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        self._server.bind((socket.VMADDR_CID_ANY, port))
+        self._server.listen(4)
+        self._peer, _ = self._server.accept()
+
+    def fileno(self) -> int:
+        return self._peer.fileno()
+
+    def read(self) -> bytes:
+        try:
+            data = self._peer.recv(65536)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._peer.close()
+            self._peer, _ = self._server.accept()
+        return data
+
+    def write(self, data: bytes) -> None:
+        self._peer.sendall(data)
+
+
+def open_link() -> SerialLink | VsockLink:
+    """Whichever of the two this machine has. Waits for the port to appear; raises TimeoutError after 10 s."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        path = _find_port()
+        if path:
+            return SerialLink(path)
+        if os.path.exists("/dev/vsock"):
+            return VsockLink()
+        time.sleep(0.02)
+    raise TimeoutError("neither a virtio-serial port nor vsock is there")
+
+
+def _find_port() -> str | None:
+    base = "/sys/class/virtio-ports"
+    for name in os.listdir(base) if os.path.isdir(base) else ():
+        with open(f"{base}/{name}/name") as file:
+            if file.read().strip() == PORT_NAME:
+                return f"/dev/{name}"
+    return None

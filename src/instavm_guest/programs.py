@@ -1,0 +1,196 @@
+"""Programs that run beside the interpreter: each a process of its own, in a control group of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from instavm_guest import frames
+from instavm_guest.frames import Message
+from instavm_guest.world import Cgroup
+
+if TYPE_CHECKING:
+    from instavm_guest.agent import Agent
+
+ARGUMENT_MAX = 100 << 10
+"""Longest script that goes as an argument; the kernel's own limit is 128 KiB (MAX_ARG_STRLEN)."""
+PIPE_BYTES = 1 << 20
+DRAIN_READS = 32
+EXIT_TIMEOUT = 124
+EXIT_CANCELLED = 130
+
+
+class Output:
+    """The reading end of a program's stdout or stderr. Passes on what comes, for `request` while there is one."""
+
+    def __init__(self, agent: Agent, kind: int) -> None:
+        self._agent = agent
+        self._kind = kind
+        self.request: int | None = None
+        self._read, self.write_end = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._read, False)
+        try:
+            fcntl.fcntl(self._read, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        except OSError:
+            pass  # the default of 64 KiB does too, only slower
+        agent.watch(self._read, self._ready)
+
+    def started(self) -> None:
+        """The program has its end now; ours must go, or the pipe would never end."""
+        os.close(self.write_end)
+        self.write_end = -1
+
+    def drain(self) -> None:
+        """Pass on what is in the pipe by now; bounded, since another process may go on writing."""
+        for _ in range(DRAIN_READS):
+            if not self._ready(self._read):
+                return
+
+    def _ready(self, _fd: int) -> bool:
+        try:
+            data = os.read(self._read, frames.CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return False
+        if self.request is not None:
+            self._agent.send(self._kind, self.request, data)
+        return True
+
+    def close(self) -> None:
+        if self._read >= 0:
+            self._agent.unwatch(self._read)
+            os.close(self._read)
+            self._read = -1
+
+
+class Run:
+    """One program that answers one request."""
+
+    def __init__(self, agent: Agent, request: int, timeout_s: float) -> None:
+        self._agent = agent
+        self.request = request
+        self.began = time.monotonic()
+        self.deadline: float | None = self.began + timeout_s
+        self.reason: str | None = None
+        self.cgroup = Cgroup(f"run-{request}")
+        self.outputs = (Output(agent, frames.STDOUT), Output(agent, frames.STDERR))
+        for output in self.outputs:
+            output.request = request
+
+    def end(self, reason: str) -> None:
+        self.deadline = None
+        self.reason = reason
+        self.cgroup.kill()
+
+    def exited(self, report: Message) -> None:
+        for output in self.outputs:
+            output.drain()
+            output.request = None  # a background process may go on writing; nobody asks for that any more
+        exit_code = report["exit"] if report["exit"] >= 0 else 128 - report["exit"]
+        if self.reason is not None:
+            exit_code = EXIT_TIMEOUT if self.reason == "timeout" else EXIT_CANCELLED
+        self._agent.answer(
+            self.request,
+            {
+                "exit_code": exit_code,
+                "wall": time.monotonic() - self.began,
+                "cpu": report["cpu"],
+                "reason": self.reason,
+            },
+        )
+
+
+class Programs:
+    """Starts programs through the spawner and hears from it when they end."""
+
+    def __init__(self, agent: Agent, line: socket.socket) -> None:
+        self._agent = agent
+        self._line = line
+        self._number = 0
+        self._on_exit: dict[int, Callable[[Message], None]] = {}
+        self._runs: dict[int, Run] = {}
+        self._lingering: list[Cgroup] = []
+        agent.watch(line.fileno(), self._heard)
+
+    def spawn(
+        self,
+        programs: Sequence[tuple[str, ...]],
+        env: dict[str, str],
+        cwd: str,
+        cgroup: Cgroup,
+        fds: list[int],
+        on_exit: Callable[[Message], None],
+    ) -> int:
+        """Start the first of `programs` that the image has; the number by which it can be signalled."""
+        self._number += 1
+        self._on_exit[self._number] = on_exit
+        ask = json.dumps({"id": self._number, "programs": programs, "env": env, "cwd": cwd}).encode()
+        procs = cgroup.open_procs()
+        try:
+            socket.send_fds(self._line, [ask], [procs, *fds])
+        finally:
+            os.close(procs)
+        return self._number
+
+    def signal(self, number: int, signum: int) -> None:
+        self._line.send(json.dumps({"id": number, "signal": signum}).encode())
+
+    def run(
+        self, request: int, programs: Sequence[tuple[str, ...]], env: dict[str, str], cwd: str, timeout_s: float
+    ) -> None:
+        script: list[int] = []
+        if len(programs[0][-1]) > ARGUMENT_MAX:
+            script = [_script_file(programs[0][-1])]
+            programs = [(program[0], "/dev/fd/3") for program in programs]
+        run = Run(self._agent, request, timeout_s)
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        fds = [null, *(output.write_end for output in run.outputs), *script]
+        self._runs[request] = run
+        try:
+            self.spawn(programs, env, cwd, run.cgroup, fds, lambda report: self._ended(run, report))
+        finally:
+            for fd in (null, *script):
+                os.close(fd)
+            for output in run.outputs:
+                output.started()
+
+    def cancel(self, request: int) -> None:
+        if request in self._runs:
+            self._runs[request].end("cancelled")
+
+    def next_deadline(self) -> float | None:
+        return min((run.deadline for run in self._runs.values() if run.deadline is not None), default=None)
+
+    def expire(self, now: float) -> None:
+        for run in list(self._runs.values()):
+            if run.deadline is not None and run.deadline <= now:
+                run.end("timeout")
+
+    def _ended(self, run: Run, report: Message) -> None:
+        del self._runs[run.request]
+        run.exited(report)
+        self._lingering = [group for group in (*self._lingering, run.cgroup) if not group.remove()]
+
+    def _heard(self, _fd: int) -> None:
+        data = self._line.recv(65536)
+        if not data:
+            raise SystemExit("the user's world has ended")  # our own pid 1 starts us, and it, again
+        report = json.loads(data)
+        if "exit" in report:
+            self._on_exit.pop(report["id"])(report)
+
+
+def _script_file(text: str) -> int:
+    fd = os.memfd_create("script", os.MFD_CLOEXEC)
+    os.write(fd, text.encode())
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd

@@ -1,0 +1,184 @@
+"""A node without virtual machines: a second, real implementation of the `Node` protocol for tests of the API.
+
+Python runs in one long-lived interpreter per sandbox, shell commands in processes of their own. Magic memory
+sizes make it behave badly, so that a test can ask for that through the API, in whatever process the server
+runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+
+from instavm.errors import BootFailed, NoCapacity, OutcomeUnknown, SessionEnded
+from instavm.sandbox import (
+    Command,
+    Ended,
+    EndReason,
+    NodeInfo,
+    Outcome,
+    OutputSink,
+    SandboxSpec,
+    Started,
+    Tier,
+)
+
+BOOT_FAILS_MIB = 257
+BOOT_HANGS_MIB = 258
+NODE_FULL_MIB = 259
+BOOT_FAILS_ONCE_MIB = 260
+
+INTERPRETER = """
+import contextlib, io, json, sys, time, traceback
+names = {"__name__": "__main__"}
+for line in sys.stdin:
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            exec(json.loads(line), names)
+        except SystemExit as exc:
+            code = exc.code or 0
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    sys.__stdout__.write(json.dumps([out.getvalue(), err.getvalue(), code]) + "\\n")
+    sys.__stdout__.flush()
+"""
+
+
+@dataclass(eq=False)
+class Place:
+    spec: SandboxSpec
+    folder: Path
+    python: asyncio.subprocess.Process
+    shells: set[asyncio.subprocess.Process] = field(default_factory=set)
+
+    def processes(self) -> list[asyncio.subprocess.Process]:
+        return [self.python, *self.shells]
+
+
+class LocalNode:
+    """Records what was asked of it, so that a test can say that nothing was left."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.places: dict[str, Place] = {}
+        self.booting: set[str] = set()
+        self.started: list[str] = []
+        self.stopped: list[str] = []
+        self.failures = 0
+        self._tell: Callable[[Ended], None] = lambda ended: None
+
+    async def start(self, spec: SandboxSpec) -> Started:
+        began = time.perf_counter()
+        self.booting.add(spec.vm_id)
+        try:
+            await self._misbehave(spec)
+            folder = self._root / spec.vm_id
+            folder.mkdir()
+            python = await self._process(spec, folder, sys.executable, "-c", INTERPRETER)
+        finally:
+            self.booting.discard(spec.vm_id)
+        self.places[spec.vm_id] = Place(spec, folder, python)
+        self.started.append(spec.vm_id)
+        took = (time.perf_counter() - began) * 1000
+        return Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"spawn": took})
+
+    async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        place = self.places.get(vm_id)
+        if place is None:
+            raise SessionEnded(f"there is no sandbox {vm_id} here")
+        began = time.perf_counter()
+        try:
+            with anyio.fail_after(command.timeout_s):
+                run = self._python if command.language == "python" else self._shell
+                out, err, code = await run(place, command)
+        except TimeoutError:
+            took = time.perf_counter() - began
+            return Outcome("", "timed out\n", 124, took, 0.0, timed_out=True, reason="timeout")
+        return Outcome(out, err, code, time.perf_counter() - began, 0.0)
+
+    async def stop(self, vm_id: str) -> None:
+        self.stopped.append(vm_id)
+        place = self.places.pop(vm_id, None)
+        if place is None:
+            return
+        for process in place.processes():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def on_end(self, callback: Callable[[Ended], None]) -> None:
+        self._tell = callback
+
+    async def info(self) -> NodeInfo:
+        return NodeInfo("local", "1", Tier.EMULATED, "processes of this host", {"default": "sha256:0"})
+
+    def crash(self, vm_id: str) -> None:
+        """What a node does when a VMM dies."""
+        place = self.places.pop(vm_id)
+        for process in place.processes():
+            process.kill()
+        self._tell(Ended(vm_id, EndReason.CRASHED, "the VMM exited with status 1"))
+
+    async def _misbehave(self, spec: SandboxSpec) -> None:
+        match spec.memory_mib:
+            case 257:
+                raise BootFailed(f"{spec.vm_id} did not come up: the guest said nothing")
+            case 258:
+                await anyio.sleep_forever()
+            case 259:
+                raise NoCapacity("this host is full")
+            case 260 if self.failures == 0:
+                self.failures += 1
+                raise BootFailed(f"{spec.vm_id} did not come up this once")
+
+    async def _python(self, place: Place, command: Command) -> tuple[str, str, int]:
+        assert place.python.stdin is not None
+        assert place.python.stdout is not None
+        place.python.stdin.write(json.dumps(command.code).encode() + b"\n")
+        line = await place.python.stdout.readline()
+        if not line:
+            raise OutcomeUnknown(f"{place.spec.vm_id} was lost while the code ran")
+        out, err, code = json.loads(line)
+        return out, err, code
+
+    async def _shell(self, place: Place, command: Command) -> tuple[str, str, int]:
+        shell = await self._process(place.spec, place.folder, command.language, "-c", command.code)
+        place.shells.add(shell)
+        try:
+            out, err = await shell.communicate()
+        finally:
+            place.shells.discard(shell)
+            if shell.returncode is None:
+                shell.kill()
+                await shell.wait()
+        return out.decode(), err.decode(), shell.returncode or 0
+
+    async def _process(self, spec: SandboxSpec, folder: Path, *argv: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            cwd=folder,
+            env={"PATH": os.environ["PATH"], **spec.env},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            limit=1 << 26,
+        )
+
+
+@asynccontextmanager
+async def open_local_node(_settings: object = None) -> AsyncIterator[LocalNode]:
+    with tempfile.TemporaryDirectory(prefix="instavm-local-node-") as root:
+        yield LocalNode(Path(root))

@@ -1,0 +1,28 @@
+"""What every test shares: one event loop, one cache of images and templates, and proof that nothing is left behind."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from instavm.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def short_folder():
+    """A folder with a short name: paths of Unix sockets end at 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="ivm-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def settings(short_folder):
+    """A node of its own, on the images and templates that all runs share (INSTAVM_CACHE_DIR moves them)."""
+    return Settings(state_dir=short_folder / "state", runtime_dir=short_folder / "run", spare_machines=1)

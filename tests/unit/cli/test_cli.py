@@ -1,0 +1,68 @@
+"""The command line, against a real server where it needs one (tests/api has the rest)."""
+
+import json
+
+import pytest
+
+from instavm import __version__
+from instavm.cli.app import run
+from instavm.cli.options import environment, language_of
+from instavm.errors import InvalidInput
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"INSTAVM_{name}_DIR", str(tmp_path / name.lower()))
+
+
+def test_version(capsys):
+    assert run(["version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_keys_are_made_listed_and_revoked(capsys):
+    assert run(["key", "create", "for tests", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["key"].startswith("instavm_sk_")
+    assert run(["key", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(one["id"], one["description"], one["revoked_at"]) for one in listed] == [(made["id"], "for tests", None)]
+    assert made["key"] not in json.dumps(listed)
+    assert run(["key", "revoke", str(made["id"])]) == 0
+    capsys.readouterr()
+    assert run(["key", "revoke", str(made["id"])]) == 1
+    assert capsys.readouterr().err.startswith("Error: there is no API key")
+
+
+def test_an_error_is_one_line_on_stderr(capsys):
+    assert run(["exec", "--cpu", "9", "print(1)"]) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (
+        "",
+        "Error: cpu_count: 9 is not allowed; allowed: a whole number from 1 to 8\n",
+    )
+
+
+def test_a_command_line_that_cannot_be_read(capsys):
+    assert run(["no-such-command"]) == 2
+    assert "no-such-command" in capsys.readouterr().err
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(capsys):
+    status = run(["doctor", "--json"])
+    checks = json.loads(capsys.readouterr().out)
+    assert {"python", "server libraries"} <= {check["name"] for check in checks}
+    assert status == (0 if all(check["ok"] for check in checks) else 1)
+    assert all(check["remedy"] for check in checks if not check["ok"])
+
+
+def test_the_environment_is_given_as_pairs():
+    assert environment(["A=1", "B=x=y", "C="]) == {"A": "1", "B": "x=y", "C": ""}
+    with pytest.raises(InvalidInput, match="NAME=VALUE"):
+        environment(["A"])
+
+
+@pytest.mark.parametrize(("name", "language"), [("a.py", "python"), ("a.sh", "bash"), ("a.bash", "bash"), ("a", None)])
+def test_a_file_name_tells_the_language(tmp_path, name, language):
+    assert language_of(tmp_path / name) == language

@@ -1,0 +1,65 @@
+"""Sandboxes that end: told to, killed from outside, or dying inside. Nothing of them stays."""
+
+import os
+import signal
+
+import anyio
+import pytest
+
+from instavm.errors import OutcomeUnknown, SessionEnded
+from instavm.sandbox import EndReason
+
+pytestmark = pytest.mark.anyio
+
+
+async def until_ended(node, vm_id):
+    with anyio.fail_after(30):
+        while not any(ended.vm_id == vm_id for ended in node.ended):
+            await anyio.sleep(0.02)
+    return next(ended for ended in node.ended if ended.vm_id == vm_id)
+
+
+async def test_stop_is_final_and_may_be_repeated(node, start):
+    sandbox = await start()
+    pid = sandbox.machine.pid
+    await sandbox.stop()
+    await sandbox.stop()
+    assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(SessionEnded):
+        await sandbox.python("print(1)")
+
+
+async def test_a_vmm_that_is_killed_under_a_running_command(node, start):
+    """The caller learns at once that nobody knows whether the code ran."""
+    sandbox = await start()
+    async with anyio.create_task_group() as tasks:
+
+        async def run():
+            with pytest.raises(OutcomeUnknown, match="may or may not have run"):
+                await sandbox.bash("sleep 100", timeout_s=200)
+
+        tasks.start_soon(run)
+        await anyio.sleep(0.3)
+        os.kill(sandbox.machine.pid, signal.SIGKILL)
+    assert (await until_ended(node, sandbox.vm_id)).reason is EndReason.CRASHED
+
+
+async def test_a_kernel_that_panics_ends_its_sandbox(node, start):
+    sandbox = await start()
+    with pytest.raises(OutcomeUnknown):
+        await sandbox.bash("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60", timeout_s=90)
+    assert (await until_ended(node, sandbox.vm_id)).reason is EndReason.CRASHED
+
+
+async def test_a_command_whose_caller_goes_away_is_stopped_inside(sandbox):
+    with anyio.move_on_after(1):
+        await sandbox.bash("sleep 1234", timeout_s=200)
+    with anyio.fail_after(20):
+        while "sleep" in (await sandbox.bash("pgrep -a sleep || true")).stdout:
+            await anyio.sleep(0.05)
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(node, start):
+    with anyio.move_on_after(0.05):
+        await start()
+    assert node._live == {}
