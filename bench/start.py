@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import report
-
 from instavm import InstaVM
 from instavm.settings import Settings
 

@@ -61,7 +61,11 @@ def everything(extra: str) -> None:
         fail(f"Python {oldest} or newer is needed; {sys.executable} is {here}.")
     os.chdir(ROOT)
     with (ROOT / "pyproject.toml").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another ./scripts/start or ./scripts/test to prepare this machine")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         debian_packages()
         virtual_environment(extra)
         images()

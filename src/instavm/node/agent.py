@@ -6,7 +6,6 @@ The guest is hostile: what it sends is checked, counted and bounded.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from instavm_guest import frames
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
+SECONDS_MAX = 1e9
 REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
 
 
@@ -233,7 +233,7 @@ def _outcome(request: _Request) -> Outcome:
     exit_code, reason = answer.get("exit_code"), answer.get("reason")
     if not isinstance(exit_code, int) or not -255 <= exit_code <= 255:
         raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
-    if reason is not None and reason not in REASONS:
+    if reason is not None and not (isinstance(reason, str) and reason in REASONS):
         raise GuestProtocolError(f"the guest's reason is {str(reason)[:40]}")
     out, err = request.captures["stdout"], request.captures["stderr"]
     stderr = err.text()
@@ -259,6 +259,6 @@ _EXPLAINED = {
 
 
 def _seconds(value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not isinstance(value, int | float) or not 0 <= value < SECONDS_MAX:
         raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")
     return float(value)

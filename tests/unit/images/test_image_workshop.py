@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,18 @@ def test_without_root_it_says_how_to_get_on(monkeypatch):
     monkeypatch.setattr(tools.os, "geteuid", lambda: 1000)
     with pytest.raises(HostNotReady, match="takes root: run this once with sudo"):
         tools.check_host()
+
+
+def test_when_the_builder_gives_up_everything_the_tool_started_is_gone_first(workshop):
+    """What is removed next must not be written to any more."""
+
+    def give_up(line: str) -> None:
+        raise KeyboardInterrupt
+
+    impatient = tools.Workshop(workshop.folder, workshop.lock_fd, give_up)
+    with pytest.raises(KeyboardInterrupt):
+        impatient.run("sh", "-c", "sleep 543 & echo started; wait", isolated=True)
+    with pytest.raises(KeyboardInterrupt):
+        impatient.run("sh", "-c", "sleep 543 & echo started; wait")
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "sleep 543" not in listed.splitlines()

@@ -40,7 +40,7 @@ def main() -> int:
         if asked.only != "guest":
             made["default"] = stage(console, "default image", store.ensure_default, _image)
     except InstaVMError as exc:
-        console.print(f"[red]✗[/] {escape(str(exc))}")
+        console.print(f"[red]✗[/] {escape(str(exc))}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; nothing unfinished is kept")

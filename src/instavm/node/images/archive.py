@@ -70,7 +70,8 @@ def open_archive(shop: Workshop) -> Archive:
         sources = debian_sources(_index_targets(shop, lists))
     if not sources:
         raise HostNotReady(
-            "none of this host's apt sources is the Debian archive; see /etc/apt/sources.list.d"
+            "none of this host's apt sources could be read as the Debian archive; "
+            "is the network there? See /etc/apt/sources.list.d"
         )
     dumped = shop.run("apt-config", "dump", "--format", '%F "%v";%n', quiet=True).splitlines()
     options = tuple(line for line in dumped if _REACHING.match(line) and not line.endswith(' "";'))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -118,23 +120,29 @@ class Workshop:
             start_new_session=True,
             umask=0o022,
         ) as process:
-            watchdog = threading.Timer(STEP_DEADLINE_S, process.kill)
+            watchdog = threading.Timer(STEP_DEADLINE_S, _end, [process])
             watchdog.start()
+            assert process.stdout is not None
             try:
-                assert process.stdout is not None
                 for line in process.stdout:
                     printed.append(line)
                     if not quiet and line.strip():
                         self.progress(line.strip())
                 status = process.wait()
             except BaseException:
-                process.kill()
+                _end(process)
+                process.stdout.read()  # ends when nobody holds its other end: when all of them are gone
                 raise
             finally:
                 watchdog.cancel()
         if status != 0:
             raise _failure(command, status, printed)
         return "".join(printed)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,142 @@
+"""The host's end of the line against a guest that lies: bounded, typed, never a hang."""
+
+import json
+import socket
+from contextlib import asynccontextmanager, suppress
+
+import anyio
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from instavm.errors import GuestProtocolError, InstaVMError, OutcomeUnknown
+from instavm.node.agent import connected
+from instavm.sandbox import Command
+from instavm_guest import frames
+
+pytestmark = pytest.mark.anyio
+COMMAND = Command("print(1)", "python", 5)
+GOOD = {"exit_code": 0, "wall": 0.1, "cpu": 0.1, "reason": None}
+
+
+@asynccontextmanager
+async def guest():
+    """An agent of the host, and the socket on which a test plays the guest."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
+    play = await anyio.abc.UNIXSocketStream.from_socket(theirs)
+    try:
+        async with connected(stream) as agent:
+            yield agent, play
+    finally:
+        await play.aclose()
+
+
+async def answered(answer):
+    """What execute() makes of a guest that answers its request with the bytes that `answer` gives for its number."""
+    caught = None
+    async with guest() as (agent, play), anyio.create_task_group() as tasks:
+
+        async def be_the_guest():
+            reading = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
+            got = []
+            while not got:
+                got = reading.feed(await play.receive())
+            await play.send(answer(got[0][1]))
+
+        tasks.start_soon(be_the_guest)
+        with anyio.fail_after(30):
+            try:
+                return await agent.execute(COMMAND)
+            except InstaVMError as exc:
+                caught = exc  # raised outside of the group, which would wrap it
+    raise caught
+
+
+async def test_an_honest_answer_comes_through():
+    outcome = await answered(
+        lambda n: frames.encode(frames.STDOUT, n, b"1\n") + frames.encode_json(frames.DONE, n, GOOD)
+    )
+    assert (outcome.stdout, outcome.exit_code) == ("1\n", 0)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"exit_code": "0"},
+        {"exit_code": 10**30},
+        {"exit_code": None},
+        {"wall": -1},
+        {"wall": "soon"},
+        {"cpu": float("nan")},
+        {"cpu": float("inf")},
+        {"cpu": 10**400},
+        {"reason": "because"},
+        {"reason": {}},
+    ],
+)
+async def test_an_answer_with_an_impossible_value_is_refused(lie):
+    with pytest.raises(GuestProtocolError):
+        await answered(lambda n: frames.encode_json(frames.DONE, n, {**GOOD, **lie}))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda n: b"\x00" * 64,
+        lambda n: frames.HEADER.pack(frames.MAGIC, frames.STDOUT, 0, n, 1 << 31),
+        lambda n: frames.encode(frames.DONE, n, b"not json"),
+        lambda n: frames.encode(frames.DONE, n, b"[" * 50_000),
+        lambda n: frames.encode(frames.EXECUTE, n, b"{}"),
+        lambda n: frames.encode(frames.DONE, n, json.dumps({"wall": 1}).encode()),
+    ],
+)
+async def test_a_broken_frame_ends_the_line_with_a_typed_error(answer):
+    with pytest.raises(GuestProtocolError):
+        await answered(answer)
+
+
+async def test_answers_that_nobody_asked_for_are_dropped():
+    outcome = await answered(
+        lambda n: (
+            frames.encode(frames.STDOUT, n + 7, b"x" * 1000)
+            + frames.encode_json(frames.DONE, n + 9, GOOD)
+            + frames.encode_json(frames.DONE, n, GOOD)
+            + frames.encode_json(frames.DONE, n, GOOD)
+        )
+    )
+    assert outcome.stdout == ""
+
+
+async def test_a_second_hello_means_that_the_agent_died():
+    hello = frames.encode_json(frames.HELLO, 0, {"protocol": 1, "python": "3", "kernel": "6"})
+    with pytest.raises(OutcomeUnknown, match="restarted"):
+        await answered(lambda n: hello + hello)
+
+
+async def test_an_endless_stream_is_kept_to_its_limit():
+    """100 MB of output, and the host holds what a result may hold."""
+    chunk = b"x" * frames.CHUNK
+    outcome = await answered(
+        lambda n: frames.encode(frames.STDOUT, n, chunk) * 1600 + frames.encode_json(frames.DONE, n, GOOD)
+    )
+    assert outcome.truncated
+    assert 16 << 20 <= len(outcome.stdout) < (16 << 20) + 100
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(min_size=1, max_size=300), frame=st.booleans(), kind=st.sampled_from(sorted(frames.FROM_GUEST)))
+async def test_whatever_a_guest_says_the_caller_gets_an_outcome_or_a_typed_error(data, frame, kind):
+    """Then the guest hangs up, so that even silence ends."""
+    async with guest() as (agent, play), anyio.create_task_group() as tasks:
+
+        async def be_the_guest():
+            await play.receive()
+            await play.send(frames.encode(kind, 1, data) if frame else data)
+            await play.aclose()
+
+        tasks.start_soon(be_the_guest)
+        with anyio.fail_after(30):
+            with suppress(InstaVMError):
+                await agent.execute(COMMAND)
