@@ -23,7 +23,7 @@ MODULES: Final = (
     "ext4",
     "overlay",
 )
-_APPLETS: Final = ("echo", "insmod", "mount", "poweroff", "reboot", "sh", "sleep", "switch_root")
+_APPLETS: Final = ("cat", "echo", "insmod", "mount", "poweroff", "reboot", "sh", "sleep", "switch_root")
 _FOLDERS: Final = ("bin", "dev", "lib", "lib/modules", "proc", "root", "sys", "user")
 
 

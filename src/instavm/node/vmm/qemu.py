@@ -91,8 +91,12 @@ def ports(sockets: Sockets) -> list[str]:
     ]
 
 
+def kernel_arguments(acceleration: str) -> str:
+    return KERNEL_ARGUMENTS + TIER_ARGUMENTS[acceleration].format(khz=tsc.khz())
+
+
 def boot_arguments(spec: MachineSpec, acceleration: str) -> list[str]:
-    append = KERNEL_ARGUMENTS + TIER_ARGUMENTS[acceleration].format(khz=tsc.khz())
+    append = kernel_arguments(acceleration)
     return ["-kernel", str(spec.kernel), "-initrd", str(spec.initrd), "-append", append]
 
 

@@ -1,0 +1,37 @@
+"""The driver seam on every driver that this host can run."""
+
+import pytest
+
+from instavm.node.images.store import ImageStore
+from instavm.node.templates import Templates
+from instavm.node.vmm.qemu import QemuDriver
+
+
+@pytest.fixture(scope="session")
+def images(settings):
+    return ImageStore(settings.cache_dir, settings.disk_gib)
+
+
+@pytest.fixture(scope="session")
+def guest(images):
+    return images.ensure_guest()
+
+
+@pytest.fixture(scope="session")
+def image(images):
+    return images.ensure_default()
+
+
+@pytest.fixture(scope="session", params=["tcg"])
+async def driver(request, anyio_backend):
+    """KVM joins the list where it works; the machines that this is developed on have none that does."""
+    driver = QemuDriver(request.param)
+    await driver.version()
+    return driver
+
+
+@pytest.fixture(scope="session")
+async def template(settings, driver, guest, image):
+    templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
+    template, _ = await templates.get(image, 2, 512)
+    return template

@@ -1,0 +1,137 @@
+"""What a driver promises: boot, save, prepare, load, pause, resume, end. The same tests for every driver."""
+
+import os
+import shutil
+import signal
+
+import anyio
+import pytest
+
+from instavm.errors import BootFailed, HostNotReady
+from instavm.node import identity
+from instavm.node.agent import connected
+from instavm.node.machines import make_home
+from instavm.node.vmm import choose, qemu
+from instavm.sandbox import Command
+
+pytestmark = pytest.mark.anyio
+HELLO = Command("print('hello')", "python", 60)
+
+
+@pytest.fixture
+def home(short_folder, template):
+    home = short_folder / "machine"
+    make_home(home, template)
+    yield home
+    shutil.rmtree(home)
+
+
+@pytest.fixture
+async def machine(driver, template, home):
+    machine = await driver.prepare(template.saved, home / "disk.qcow2", home, background=False)
+    yield machine
+    await machine.aclose()
+    assert not os.path.exists(f"/proc/{machine.pid}")
+
+
+async def usable(machine):
+    async with connected(await machine.dial()) as agent:
+        await agent.identify(identity.fresh("vm-x", {}))
+        return (await agent.execute(HELLO)).stdout
+
+
+async def test_a_prepared_machine_loads_and_runs(machine):
+    async with connected(await machine.dial()) as agent:
+        await machine.load()
+        await agent.identify(identity.fresh("vm-x", {}))
+        assert (await agent.execute(HELLO)).stdout == "hello\n"
+
+
+async def test_code_is_refused_before_the_clone_has_an_identity(machine):
+    """Fail closed, on the guest's side too."""
+    async with connected(await machine.dial()) as agent:
+        await machine.load()
+        await agent.identify(identity.fresh("vm-x", {}))
+        with pytest.raises(Exception, match="at least 32 bytes of entropy"):
+            await agent.identify({**identity.fresh("vm-x", {}), "entropy": "00"})
+        with pytest.raises(Exception, match="no identity of its own"):
+            await agent.execute(HELLO)
+
+
+async def test_a_paused_machine_stands_still_and_goes_on_where_it_was(machine):
+    async with connected(await machine.dial()) as agent:
+        await machine.load()
+        await agent.identify(identity.fresh("vm-x", {}))
+        await agent.execute(Command("x = 1", "python", 60))
+        await machine.pause()
+        with anyio.move_on_after(1.0) as waited:
+            await agent.execute(HELLO)
+        assert waited.cancelled_caught, "a paused machine answered"
+        await machine.resume()
+        assert (await agent.execute(Command("print(x)", "python", 60))).stdout == "1\n"
+
+
+async def test_the_line_can_be_dialled_again(machine):
+    async with connected(await machine.dial()) as agent:
+        await machine.load()
+        await agent.identify(identity.fresh("vm-x", {}))
+    assert await usable(machine) == "hello\n"
+
+
+async def test_the_end_of_a_machine_is_seen_and_closing_twice_is_fine(machine):
+    await machine.load()
+    os.kill(machine.pid, signal.SIGKILL)
+    with anyio.fail_after(10):
+        assert await machine.wait() == -signal.SIGKILL
+    assert not machine.alive
+    await machine.aclose()
+    await machine.aclose()
+
+
+async def test_a_state_that_can_not_be_loaded_is_a_boot_failure(driver, template, home, short_folder):
+    broken = short_folder / "broken-state"
+    broken.write_bytes(template.saved.state.read_bytes()[:1000])
+    saved = type(template.saved)(template.saved.spec, template.saved.memory, broken)
+    machine = await driver.prepare(saved, home / "disk.qcow2", home, background=False)
+    try:
+        with pytest.raises(BootFailed):
+            await machine.load()
+    finally:
+        await machine.aclose()
+
+
+async def test_a_vmm_that_is_missing_says_how_to_get_it(driver, template, home, monkeypatch):
+    monkeypatch.setattr(qemu, "BINARY", "qemu-system-none")
+    with pytest.raises(HostNotReady, match="apt-get install qemu-system-x86"):
+        await driver.prepare(template.saved, home / "disk.qcow2", home, background=False)
+
+
+async def test_a_vmm_that_stops_at_once_says_why(driver, template, home):
+    with pytest.raises(BootFailed, match="no-such-disk"):
+        await driver.prepare(template.saved, home / "no-such-disk", home, background=False)
+
+
+async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(guest, monkeypatch):
+    """Emulation boots, given its time; a deadline that nothing can keep is reported as such and leaves no process."""
+    monkeypatch.setattr(choose, "PROBE_DEADLINE_S", 60.0)
+    assert await choose.probe(guest, "tcg") == (True, "a guest booted with tcg")
+    monkeypatch.setattr(choose, "PROBE_DEADLINE_S", 0.1)
+    works, words = await choose.probe(guest, "tcg")
+    assert not works and "does not boot on it within" in words
+
+
+async def test_the_answer_of_the_probe_is_remembered(settings, monkeypatch):
+    asked = []
+
+    async def ask(guest):
+        asked.append(guest)
+        return False, "it was asked"
+
+    monkeypatch.setattr(choose, "probe", ask)
+    monkeypatch.setattr(choose, "KVM_DEVICE", settings.cache_dir / "images")  # something that is there and opens
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    automatic = settings.model_copy(update={"acceleration": "auto"})
+    for _ in range(2):
+        driver, words = await choose.choose(automatic)
+        assert (driver.tier, words) == ("emulated", "it was asked")
+    assert len(asked) == 1
