@@ -8,20 +8,30 @@ The server runs in a process of its own, as it does for users, on a node that do
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import report
 from instavm import InstaVM
-from instavm.sandbox import Command, Ended, NodeInfo, Outcome, OutputSink, SandboxSpec, Started, Tier
+from instavm.sandbox import (
+    Command,
+    Ended,
+    HostMemory,
+    NodeInfo,
+    Outcome,
+    OutputSink,
+    SandboxSpec,
+    Started,
+    StoredFile,
+    Tier,
+)
 from instavm.serve import run_embedded
 from instavm.settings import Settings
 
@@ -35,6 +45,22 @@ class NullNode:
 
     async def stop(self, vm_id: str) -> None: ...
 
+    async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+        return StoredFile(path, sum([len(chunk) async for chunk in chunks]))
+
+    async def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        yield b"42"
+
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None: ...
+
+    async def adopted(self) -> Mapping[str, Started]:
+        return {}
+
+    async def leave(self) -> None: ...
+
+    def memory(self) -> HostMemory:
+        return HostMemory(1 << 30, 1 << 30)
+
     def on_end(self, callback: Callable[[Ended], None]) -> None: ...
 
     async def info(self) -> NodeInfo:
@@ -46,30 +72,20 @@ async def open_null_node(_settings: Settings) -> AsyncIterator[NullNode]:
     yield NullNode()
 
 
-def spread(times_s: list[float]) -> dict[str, float]:
-    """Milliseconds."""
-    ordered = sorted(times_s)
-    return {
-        "p50_ms": round(ordered[len(ordered) // 2] * 1000, 3),
-        "p95_ms": round(ordered[len(ordered) * 95 // 100] * 1000, 3),
-        "n": len(ordered),
-    }
-
-
 def timed(calls: int, what: Callable[[], object]) -> dict[str, float]:
     times = []
     for _ in range(calls):
         began = time.perf_counter()
         what()
-        times.append(time.perf_counter() - began)
-    return spread(times)
+        times.append((time.perf_counter() - began) * 1000)
+    return report.spread(times)
 
 
 def measure(calls: int) -> dict[str, dict[str, float]]:
     began = time.perf_counter()
     vm = InstaVM(api_key="bench", auto_start_session=False)
     vm.get_current_user()
-    results = {"first call, server started for it": spread([time.perf_counter() - began])}
+    results = {"first call, server started for it": report.spread([(time.perf_counter() - began) * 1000])}
     results["start_session"] = timed(calls, vm.start_session)
     vm.execute("print(6 * 7)")
     results["execute"] = timed(calls, lambda: vm.execute("print(6 * 7)"))
@@ -93,8 +109,9 @@ def whole() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "control_plane.json")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    facts = report.machine()
     with tempfile.TemporaryDirectory(prefix="instavm-bench-") as home:
         for name in ("STATE", "CACHE", "RUNTIME"):
             os.environ[f"INSTAVM_{name}_DIR"] = f"{home}/{name.lower()}"
@@ -107,11 +124,7 @@ def main() -> None:
             results = measure(options.calls)
         finally:
             os.kill(int(Settings().server_lock.read_text()), signal.SIGTERM)
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "kernel": platform.release()}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
-    for name, result in results.items():
-        print(f"{name:36} p50 {result['p50_ms']:8.2f} ms   p95 {result['p95_ms']:8.2f} ms   n {result['n']:g}")
+    print(report.write("control_plane", facts, results, options.json))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python bench/start.py [--sandboxes 30] [--vcpus 2] [--memory 512] [--json FILE]
 
 Through the whole stack: SDK, HTTP, API, control, node, VMM, agent. Nothing of a guest is restored ahead of a request; with
-spare machines an empty VMM process waits, without them it is started within the measured time. In the same run, for
+spare machines an empty VMM process waits, without them it is started within the measured time. With warm machines
+(`INSTAVM_WARM_MACHINES`) a sandbox was restored ahead and waits paused; requests come 2 s apart there. In the same run, for
 comparison: the same image booted cold, and a new `python3 -c` on the host as the floor.
 """
 
@@ -51,10 +52,11 @@ def server(**settings: object) -> Iterator[None]:
                 del os.environ[name]
 
 
-def starts(count: int, vcpus: int, memory_mib: int) -> dict[str, list[float]]:
-    """Times in ms of `count` sandboxes, one after the other, each ended before the next."""
+def starts(count: int, vcpus: int, memory_mib: int, *, apart_s: float = 0.0) -> dict[str, list[float]]:
+    """Times in ms of `count` sandboxes, one after the other, each ended `apart_s` seconds before the next begins."""
     times: dict[str, list[float]] = defaultdict(list)
     for number in range(count + 2):
+        time.sleep(apart_s)
         began = time.perf_counter()
         with InstaVM(KEY, cpu_count=vcpus, memory_mb=memory_mib) as vm:
             constructed = time.perf_counter()
@@ -128,6 +130,9 @@ def main() -> None:
     with server(spare_machines=0):
         for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory).items():
             results[f"no spare machine, {name.strip()}"] = report.spread(times)
+    with server(warm_machines=3):
+        for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory, apart_s=2.0).items():
+            results[f"warm machines, {name.strip()}"] = report.spread(times)
     for name, times in (*templates_made(asked.cold, asked.vcpus, asked.memory).items(), *floor(30).items()):
         results[name] = report.spread(times)
     print(report.write("start", facts, results, asked.json))

@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from instavm.client.sync import InstaVM as InstaVM
     from instavm.errors import AuthenticationError as AuthenticationError
     from instavm.errors import BootFailed as BootFailed
+    from instavm.errors import Conflict as Conflict
     from instavm.errors import DiskFull as DiskFull
     from instavm.errors import ExecutionError as ExecutionError
+    from instavm.errors import FileError as FileError
+    from instavm.errors import FileMissing as FileMissing
     from instavm.errors import ForbiddenError as ForbiddenError
     from instavm.errors import HostNotReady as HostNotReady
     from instavm.errors import InstaVMError as InstaVMError
     from instavm.errors import InvalidInput as InvalidInput
     from instavm.errors import NetworkError as NetworkError
     from instavm.errors import NoCapacity as NoCapacity
+    from instavm.errors import NotFound as NotFound
     from instavm.errors import OutcomeUnknown as OutcomeUnknown
     from instavm.errors import QuotaExceededError as QuotaExceededError
     from instavm.errors import RateLimitError as RateLimitError
@@ -35,14 +39,18 @@ if TYPE_CHECKING:
 _ERRORS: Final = (
     "AuthenticationError",
     "BootFailed",
+    "Conflict",
     "DiskFull",
     "ExecutionError",
+    "FileError",
+    "FileMissing",
     "ForbiddenError",
     "HostNotReady",
     "InstaVMError",
     "InvalidInput",
     "NetworkError",
     "NoCapacity",
+    "NotFound",
     "OutcomeUnknown",
     "QuotaExceededError",
     "RateLimitError",

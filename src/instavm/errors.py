@@ -12,12 +12,16 @@ InstaVMError
 │   └── SessionEnded        killed: it will never run code again
 ├── ExecutionError          the code could not be run (code that ran and failed is a result, not an error)
 │   └── OutcomeUnknown      the sandbox was lost on the way: the code may or may not have run
+├── FileError               a file in a sandbox cannot be read or written: a directory, a device, no permission
+│   └── FileMissing            there is no such file
+├── Conflict                the request contradicts an earlier one with the same Idempotency-Key
+├── NotFound                there is no such thing, or it is somebody else's
 ├── RateLimitError          try again later
 │   └── NoCapacity          the host is full
 ├── HostNotReady            this host lacks something: says what, and how to get it
 ├── BootFailed              the sandbox did not come up; nothing of it is left
 │   └── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
-├── DiskFull                the host's disk
+├── DiskFull                the host's disk, or the sandbox's own: the text says which
 ├── GuestProtocolError      the guest sent what the protocol does not allow; its sandbox is ended
 ├── NetworkError            the server could not be reached or did not answer (client side)
 └── UnsupportedOperationError
@@ -90,8 +94,30 @@ class OutcomeUnknown(ExecutionError):
     code = "outcome_unknown"
 
 
+class FileError(InstaVMError):
+    code = "file"
+
+
+class FileMissing(FileError):
+    code = "file_not_found"
+
+
+class NotFound(InstaVMError):
+    code = "no_such_thing"
+
+
+class Conflict(InstaVMError):
+    code = "conflict"
+
+
 class RateLimitError(InstaVMError):
+    """`retry_after_s`: seconds after which it is worth trying again; None when nobody can tell."""
+
     code = "rate_limited"
+
+    def __init__(self, text: str, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(text)
 
 
 class NoCapacity(RateLimitError):

@@ -16,6 +16,7 @@ MEMORY_MIB_DEFAULT: Final = 512
 LIFETIME_S_MIN: Final = 20
 LIFETIME_S_MAX: Final = 86_400
 LIFETIME_S_DEFAULT: Final = 300
+VM_LIFETIME_S_MAX: Final = 100 * 366 * 86_400
 
 EXECUTE_TIMEOUT_S_MIN: Final = 1
 EXECUTE_TIMEOUT_S_MAX: Final = 600
@@ -26,12 +27,25 @@ COMMAND_BYTES: Final = 1 << 20
 OUTPUT_BYTES: Final = 16 << 20
 """How much of stdout, and of stderr, a result keeps (head and tail); more sets `truncated`."""
 
+OUTPUTS_MAX: Final = 64
+OUTPUTS_BYTES: Final = 8 << 20
+"""Rich outputs that a result keeps, and their bytes as JSON; what is over is left out and sets `truncated`."""
+
 ENV_VARIABLES: Final = 256
 ENV_BYTES: Final = 128 << 10
 """All names and values of one environment together."""
 METADATA_BYTES: Final = 16 << 10
 
-LANGUAGES: Final = ("python", "bash", "sh")
+LANGUAGES: Final = ("python", "bash", "sh", "javascript")
+LANGUAGE_ALIASES: Final[Mapping[str, str]] = {"node": "javascript", "js": "javascript"}
+
+PATH_BYTES: Final = 4096
+"""Longest path of a file in a sandbox, as Linux has it."""
+FORM_BYTES: Final = 64 << 10
+"""All text parts of an upload together."""
+TASK_OUTPUT_BYTES: Final = 4 << 20
+"""How much of a task's stdout, and of its stderr, is kept (head and tail)."""
+IDEMPOTENCY_KEY_CHARS: Final = 255
 
 LIST_LIMIT_MAX: Final = 1000
 LIST_LIMIT_DEFAULT: Final = 100
@@ -53,6 +67,13 @@ ALLOWED: Final[Mapping[str, str]] = {
     ),
     "metadata": f"an object of at most {METADATA_BYTES} bytes of JSON",
     "limit": f"a whole number from 1 to {LIST_LIMIT_MAX}",
+    "remote_path": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
+    "filename": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
+    "file": "one part with a filename, after all text parts",
+    "form": f"parts of multipart/form-data: text of at most {FORM_BYTES} bytes in all, then the part `file`",
+    "port": "a whole number from 1 to 65535",
+    "entries": "a list of {env_name, value}",
+    "idempotency-key": f"1 to {IDEMPOTENCY_KEY_CHARS} printable ASCII characters",
     "session_id": "the id of a session (a UUID)",
     "body": f"at most {BODY_BYTES} bytes",
 }

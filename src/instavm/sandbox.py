@@ -57,10 +57,16 @@ class Command:
     language: str
     timeout_s: float
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    task: str | None = None
+    """A name under which the sandbox runs this once and keeps what it wrote and how it ended. Sent again under the same
+    name (with no code, if it is not known any more), it is waited for and not run again: servers may come and go."""
 
 
-Stream = Literal["stdout", "stderr"]
+Stream = Literal["stdout", "stderr", "output"]
+"""`output`: one rich output, whole, as a JSON object {MIME type: data}."""
 OutputSink = Callable[[Stream, bytes], None]
+Bundle = Mapping[str, object]
+"""One rich output: MIME type → data; text as it is, JSON as values, anything else as base64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,27 @@ class Outcome:
     truncated: bool = False
     reason: str | None = None
     """None = it ended by itself; else what ended it: timeout, interpreter_crashed, oom …"""
+    signal: int | None = None
+    """The signal that ended it."""
+    peak_memory_bytes: int = 0
+    """Largest resident size of one process of it."""
+    outputs: tuple[Bundle, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that was written: where it came to lie (absolute), and its bytes."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Of the machine that sandboxes run on, in MiB. `available`: what could be used now without swapping."""
+
+    total_mib: int
+    available_mib: int
 
 
 @dataclass(frozen=True, slots=True)

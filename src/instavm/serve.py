@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from instavm.control import listen, locks
 from instavm.control.app import control_of, create_app
 from instavm.control.node import Node
+from instavm.control.quotas import Policy
 from instavm.control.store.database import open_store
 from instavm.errors import InstaVMError
 from instavm.log import to_file, to_stderr
@@ -68,7 +69,8 @@ async def serve(
     open_node: OpenNode = runtime,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, or (`ends_when_idle`) until nobody needs it. All sandboxes end then.
+    """Serve until SIGTERM or SIGINT, or (`ends_when_idle`) until nobody needs it. All sandboxes end then, but
+    for those that `on_shutdown` says to leave.
 
     ready: called once, when calls are answered.
     Raises: HostNotReady, and whatever the node says when it cannot be opened.
@@ -76,10 +78,12 @@ async def serve(
     sys.setswitchinterval(SWITCH_S)
     with locks.only_server(settings.server_lock):
         async with open_node(settings) as node, open_store(settings.database) as store:
-            app = create_app(node, store, private=listener.private)
+            policy = Policy.of_one_user(settings) if listener.private else Policy.of(settings)
+            app = create_app(node, store, private=listener.private, policy=policy)
             server = Server(http_config(app, listener), ready)
             async with anyio.create_task_group() as tasks:
-                await tasks.start(_until_signal, server, app, listener)
+                leaves = settings.on_shutdown == "leave" and not listener.ends_when_idle
+                await tasks.start(_until_signal, server, app, listener, leaves)
                 if listener.ends_when_idle:
                     tasks.start_soon(_until_idle, settings, server, app, listener)
                 await server.serve(sockets=[listener.socket])
@@ -127,10 +131,11 @@ async def _until_signal(
     server: Server,
     app: FastAPI,
     listener: Listener,
+    leaves: bool,
     *,
     task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
 ) -> None:
-    """The first signal ends the sandboxes, and so every call that waits for one; a second ends at once."""
+    """The first signal ends the sandboxes (or leaves them), and so every call that waits for one; a second ends at once."""
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
@@ -141,7 +146,8 @@ async def _until_signal(
             server.should_exit = True
             _take_no_more(server, listener)
             if server.started:
-                await control_of(app).stop()
+                control = control_of(app)
+                await (control.leave() if leaves else control.stop())
 
 
 def _take_no_more(server: Server, listener: Listener) -> None:
@@ -171,11 +177,17 @@ async def _until_idle(settings: Settings, server: Server, app: FastAPI, listener
             last_use = time.monotonic()
 
 
-def run(settings: Settings, listener: Listener, *, open_node: OpenNode = runtime) -> None:
+def run(
+    settings: Settings,
+    listener: Listener,
+    *,
+    open_node: OpenNode = runtime,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
     """`serve` as a program of its own, in the foreground. Raises: as `serve`, without groups around it."""
     to_stderr()
     with _ungrouped():
-        anyio.run(lambda: serve(settings, listener, open_node=open_node))
+        anyio.run(lambda: serve(settings, listener, open_node=open_node, ready=ready))
 
 
 def run_embedded(arguments: Sequence[str], *, open_node: OpenNode = runtime) -> int:

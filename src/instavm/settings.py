@@ -50,8 +50,31 @@ class Settings(BaseSettings):
     spare_machines: int = Field(2, ge=0, le=64)
     """Empty VMM processes (with overlay and sockets, no guest memory loaded) kept ready per template in use.
     """
+    warm_machines: int = Field(0, ge=0, le=256)
+    """At most so many sandboxes kept restored, warmed up and paused, of all templates together; how many there are
+    follows the demand. 0 = none, which is right for small hosts: each costs about 64 MiB and a second of CPU time."""
+    warm_memory_mib: int = Field(2048, ge=0)
+    """Memory that warm machines may take together."""
     disk_gib: int = Field(10, ge=1, le=1024)
     """Size of a sandbox's root disk as the guest sees it; blocks are only used when written."""
+
+    quota_sandboxes: int | None = Field(100, ge=0)
+    """How many sandboxes a tenant without a quota of its own may have at one time. This and the next three hold for
+    `serve`; the embedded server serves one user and has only the host's limits."""
+    quota_vcpus: int | None = Field(None, ge=0)
+    quota_memory_mib: int | None = Field(None, ge=0)
+    quota_lifetime_s: int | None = Field(30 * 86_400, ge=20)
+    memory_overcommit: float = Field(1.0, gt=0, le=16)
+    """How often the host's memory (less the reserve) may be promised to sandboxes. With 1, every sandbox can use all of
+    its memory at the same time as all others; more is more sandboxes and a bet that they won't."""
+    memory_reserve_mib: int = Field(1024, ge=0)
+    """Memory of the host that is never promised: for the server, the VMMs themselves and everybody else."""
+    requests_per_s: float = Field(100.0, gt=0)
+    """Per API key, on average; `requests_burst` of them may come at once. Not on a private socket."""
+    requests_burst: int = Field(300, ge=1)
+    on_shutdown: Literal["stop", "leave"] = "stop"
+    """What `serve` does with its sandboxes when it is told to end: end them too, or leave them to the next server on the
+    same state directory. The embedded server always ends them."""
 
     idle_exit_s: float = Field(300.0, gt=0)
     """The embedded server ends after so long without a client and without a sandbox."""

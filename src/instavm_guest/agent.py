@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 
 from instavm_guest import frames, link, spawner, world
+from instavm_guest.files import Files
 from instavm_guest.frames import Message
-from instavm_guest.interpreter import Interpreter
+from instavm_guest.interpreter import Interpreter, javascript, python
+from instavm_guest.kept import Tasks
 from instavm_guest.programs import Programs
 
-USER_ROOT = "/sandbox"
 SHELLS = {
     "bash": (("bash", "-c"),),
     "sh": (("sh", "-c"),),
@@ -25,14 +26,17 @@ class Agent:
     def __init__(self) -> None:
         world.set_up()
         self._identity = world.Identity()
-        _, line = spawner.start(USER_ROOT)
+        _, line = spawner.start(world.USER_ROOT)
         self._handlers: dict[int, Callable[[int], object]] = {}
         self._poll = select.poll()
         self._env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "SHELL": "/bin/bash"}
         self._cwd = "/app"
         self._identified = False
         self._programs = Programs(self, line)
-        self._interpreter = Interpreter(self, self._programs)
+        self._interpreter = Interpreter(self, self._programs, python())
+        self._javascript = Interpreter(self, self._programs, javascript())
+        self._files = Files(self, self._programs)
+        self._tasks = Tasks(self.send)
         self._link = link.open_link()
         self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
 
@@ -42,24 +46,32 @@ class Agent:
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLIN)
 
-    def unwatch(self, fd: int) -> None:
-        if self._handlers.pop(fd, None) is not None:
+    def interest(self, fd: int, events: int) -> None:
+        """What to wait for on a watched descriptor; with 0 not even its end is told."""
+        self._poll.register(fd, events)
+        if not events:
             self._poll.unregister(fd)
 
+    def unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self.interest(fd, 0)
+
     def send(self, kind: int, request: int, payload: bytes) -> None:
+        if self._tasks.running:
+            request = self._tasks.take(kind, request, payload)
         self._link.write(frames.encode(kind, request, payload))
 
     def answer(self, request: int, message: Message) -> None:
-        self._link.write(frames.encode_json(frames.DONE, request, message))
+        self.send(frames.DONE, request, frames.json_payload(message))
 
     def fail(self, request: int, code: str, text: str) -> None:
-        self._link.write(frames.encode_json(frames.FAILED, request, {"code": code, "message": text[:4000]}))
+        self.send(frames.FAILED, request, frames.json_payload({"code": code, "message": text[:4000]}))
 
     # the loop
 
     def run(self) -> None:
         self._hello()
-        poll, handlers, timers = self._poll, self._handlers, (self._programs, self._interpreter)
+        poll, handlers, timers = self._poll, self._handlers, (self._programs, self._interpreter, self._javascript)
         host = self._link.fileno()
         poll.register(host, select.POLLIN)
         while True:
@@ -85,9 +97,17 @@ class Agent:
                 self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
                 time.sleep(link.HOST_AWAY_S)
             return
-        for kind, request, payload in self._decoder.feed(data):
+        try:
+            received = self._decoder.feed(data)
+        except frames.FrameError:  # what a server that died had half-sent; the one that takes over asks again
+            self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
+            return
+        for kind, request, payload in received:
             try:
-                self._handle(kind, request, frames.decode_json(payload))
+                if kind >= frames.PUT:
+                    self._file(kind, request, payload)
+                else:
+                    self._handle(kind, request, frames.decode_json(payload))
             except Exception as exc:  # the edge of one request: it fails, the agent goes on
                 self.fail(request, "agent_error", f"{type(exc).__name__}: {exc}")
 
@@ -104,7 +124,9 @@ class Agent:
         elif kind == frames.CONFIGURE:
             self._env.update(message["env"])
             self._cwd = message["cwd"]
-            self._interpreter.start(self._env, self._cwd)
+            self._interpreter.configure(self._env, self._cwd)
+            self._javascript.configure(self._env, self._cwd)
+            self._interpreter.start()
             self._identified = True  # template time: nobody's code runs yet but our own warm-up
             self.answer(request, {})
         elif kind == frames.REST:
@@ -113,18 +135,42 @@ class Agent:
         elif kind == frames.CANCEL:
             self._programs.cancel(request)
             self._interpreter.cancel(request)
+            self._javascript.cancel(request)
+            self._files.cancel(request)
+        elif kind == frames.SYNC:
+            self.send(frames.SYNCED, 0, message["token"].encode())
+        elif kind == frames.STAGE_ENV:
+            self._env.update(message["env"])
+            self._interpreter.stage(message["env"])
+            self._javascript.stage(message["env"])
+            self.answer(request, {})
 
     def _execute(self, request: int, message: Message) -> None:
         if not self._identified:
             self.fail(request, "not_identified", "this clone has no identity of its own yet")
             return
+        if "task" in message and self._tasks.joined(message["task"], request):
+            return
         code, language, timeout_s = message["code"], message["language"], message["timeout"]
+        if "task" in message:
+            if not code:
+                self.fail(request, "unknown_task", "this sandbox knows no such task")
+                return
+            self._tasks.begin(message["task"], request)
         if language == "python":
             self._interpreter.execute(request, code, message["env"], timeout_s)
+        elif language == "javascript":
+            self._javascript.execute(request, code, message["env"], timeout_s)
         else:
             programs = [(*shell, code) for shell in SHELLS[language]]
             env = {**self._env, **message["env"]} if message["env"] else self._env
             self._programs.run(request, programs, env, self._cwd, timeout_s)
+
+    def _file(self, kind: int, request: int, payload: bytes) -> None:
+        if not self._identified:
+            self.fail(request, "not_identified", "this clone has no identity of its own yet")
+            return
+        self._files.handle(kind, request, payload)
 
 
 def main() -> None:

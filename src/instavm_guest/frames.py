@@ -5,7 +5,7 @@ A frame is a 12-byte header and a payload. The header, in network byte order:
     magic u8 = 0xA5 | kind u8 | reserved u16 = 0 | request u32 | length u32
 
 `request` ties answers to the question they answer; 0 belongs to none. Control kinds carry one JSON object in UTF-8,
-STDOUT, STDERR and STDIN carry raw bytes.
+STDOUT, STDERR, STDIN, DATA and CONTENT carry raw bytes.
 """
 
 from __future__ import annotations
@@ -27,21 +27,38 @@ IDENTIFY = 2  # once per restore, before anything else: be someone of your own
 EXECUTE = 3
 CANCEL = 4
 REST = 5  # once per template: it is about to be saved
+SYNC = 7  # another server takes up the line: answer with the same token, whatever was half-sent before
+STAGE_ENV = 6  # variables for everything that starts from now on
+# about files; their kinds lie above all others, so that one comparison tells them apart
+PUT = 32
+GET = 33
+DATA = 34  # bytes for the file
+COMMIT = 35  # all of it was sent
+CREDIT = 36  # so many more bytes of the file may be sent
 # guest to host
 HELLO = 16
 STDOUT = 17
 STDERR = 18
 DONE = 19  # the last answer to a request
 FAILED = 20  # the last answer to a request that could not be carried out
+SYNCED = 21
+OUTPUT = 22  # a piece of a rich output: one byte, 1 for the last piece, then bytes of JSON
+CONTENT = 48  # bytes of the file
+TAKEN = 49  # so many bytes of DATA have left the agent's memory
 
-FROM_HOST = frozenset({CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST})
-FROM_GUEST = frozenset({HELLO, STDOUT, STDERR, DONE, FAILED})
+FROM_HOST = frozenset({CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, PUT, GET, DATA, COMMIT, CREDIT})
+FROM_GUEST = frozenset({HELLO, STDOUT, STDERR, DONE, FAILED, OUTPUT, SYNCED, CONTENT, TAKEN})
 
 HOST_PAYLOAD_MAX = 8 << 20
 """Largest payload the host sends: a command of 1 MiB may grow sixfold as JSON."""
 GUEST_PAYLOAD_MAX = 128 << 10
 """Largest payload the guest may send; a longer stream is cut into several frames."""
 CHUNK = 64 << 10
+
+
+# json.loads and json.dumps look for white space and build a coder at each call; a guest pays for every step of that.
+_decode = json.JSONDecoder().raw_decode
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class FrameError(ValueError):
@@ -53,16 +70,21 @@ def encode(kind: int, request: int, payload: bytes = b"") -> bytes:
 
 
 def encode_json(kind: int, request: int, message: Message) -> bytes:
-    return encode(kind, request, json.dumps(message, separators=(",", ":")).encode())
+    return encode(kind, request, json_payload(message))
+
+
+def json_payload(message: Message) -> bytes:
+    return _encode(message).encode()
 
 
 def decode_json(payload: bytes) -> Message:
     """Raises FrameError for anything but one JSON object."""
     try:
-        message = json.loads(payload)
+        text = payload.decode()
+        message, end = _decode(text)
     except (ValueError, RecursionError) as exc:
         raise FrameError(f"payload is not JSON: {exc}") from None
-    if not isinstance(message, dict):
+    if end != len(text) or not isinstance(message, dict):
         raise FrameError("payload is not a JSON object")
     return message
 

@@ -1,4 +1,4 @@
-"""The agent's side of the interpreter: one worker process, a queue of cells, and a new worker when one is lost."""
+"""The agent's side of an interpreter: one worker process, a queue of cells, and a new worker when one is lost."""
 
 from __future__ import annotations
 
@@ -13,22 +13,51 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from instavm_guest import frames
 from instavm_guest.frames import Message
-from instavm_guest.programs import EXIT_CANCELLED, EXIT_TIMEOUT, Output, Programs
-from instavm_guest.worker import ANSWER, ASK, FRESH, LINE_FD, REHEARSE
-from instavm_guest.world import Cgroup
+from instavm_guest.programs import EXIT_MISSING, Output, Programs, memory_file, result
+from instavm_guest.worker import ANSWER, ANSWERED, ASK, CUT, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
+from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
     from instavm_guest.agent import Agent
 
 INTERRUPT_GRACE_S = 1.0
 """How long a cell may take to yield to an interrupt before its interpreter is killed."""
-_SOURCE = Path(__file__).with_name("worker.py")
-_BOOTSTRAP = (
-    "import os\n"
-    "with open({fd}) as f: s = f.read()\n"
-    "exec(compile(s, '<instavm>', 'exec'), {{'__name__': '__main__', '__file__': '<instavm>', "
-    "'__builtins__': __builtins__}})"
-)
+PULSE_S = 0.02
+"""How often the worker is told, while a cell runs, to write out what was printed without a newline."""
+FIRST_PULSE_S = 0.1
+"""The same for the first cell of a clone: right after a restore nothing is done that the cell itself does not need."""
+COUNT_CPU_AFTER_S = 0.2
+"""From when on the CPU time of a cell is known even if its worker dies."""
+
+
+class Kind(NamedTuple):
+    """A language whose state persists. `source`: what its worker reads from SOURCE_FD."""
+
+    name: str
+    programs: tuple[tuple[str, ...], ...]
+    source: bytes
+
+
+def python() -> Kind:
+    here = Path(__file__).parent
+    sources = {f"{PACKAGE}.{name}": (here / f"{name}.py").read_text() for name in ("worker", "outputs", "notebook")}
+    main = f"{PACKAGE}.worker"
+    bootstrap = (
+        "import json\n"
+        f"with open({SOURCE_FD}) as f: s = json.load(f)\n"
+        f"exec(compile(s[{main!r}], '<instavm>', 'exec'), {{'__name__': '__main__', '__file__': '<instavm>', "
+        "'__builtins__': __builtins__, 'SOURCES': s})"
+    )
+    source = json.dumps({PACKAGE: "", **sources}).encode()
+    return Kind("python", (("python3", "-c", bootstrap), ("python", "-c", bootstrap)), source)
+
+
+def javascript() -> Kind:
+    source = Path(__file__).with_name("worker.js").read_bytes()
+    bootstrap = f"eval(require('fs').readFileSync({SOURCE_FD}, 'utf8'))"
+    return Kind(
+        "javascript", tuple((name, "--expose-internals", "-e", bootstrap) for name in ("node", "nodejs")), source
+    )
 
 
 class Cell(NamedTuple):
@@ -39,14 +68,21 @@ class Cell(NamedTuple):
 
 
 class Interpreter:
-    def __init__(self, agent: Agent, programs: Programs) -> None:
+    def __init__(self, agent: Agent, programs: Programs, kind: Kind) -> None:
         self._agent = agent
         self._programs = programs
-        self._cgroup = Cgroup("python")
+        self._kind = kind
+        self._cgroup = Cgroup(kind.name)
         self._queue: deque[Cell] = deque()
         self._current: Cell | None = None
         self._deadline: float | None = None
         self._began = 0.0
+        self._pulse: int | None = None
+        self._pulse_at = 0.0
+        self._cpu_at_pulse: float | None = None
+        self._output_left = 0
+        self._restarted = False
+        self._doomed = False
         self._reason: str | None = None
         self._line: socket.socket | None = None
         self._inbox = bytearray()
@@ -57,8 +93,11 @@ class Interpreter:
         self._fresh = 0
         self._new_env: dict[str, str] = {}
 
-    def start(self, env: dict[str, str], cwd: str) -> None:
+    def configure(self, env: dict[str, str], cwd: str) -> None:
+        """What the image asks for; a worker is started when the first cell comes, or by `start`."""
         self._env, self._cwd = env, cwd
+
+    def start(self) -> None:
         self._start_worker()
 
     def rehearse(self) -> None:
@@ -71,6 +110,10 @@ class Interpreter:
         self._fresh = FRESH
         self._new_env = dict(env)
 
+    def stage(self, env: dict[str, str]) -> None:
+        """Variables for every cell from now on; the worker hears them with the next one."""
+        self._new_env.update(env)
+
     def execute(self, request: int, code: str, env: dict[str, str], timeout_s: float) -> None:
         self._queue.append(Cell(request, code, env, timeout_s))
         self._next()
@@ -80,36 +123,59 @@ class Interpreter:
             self._interrupt("cancelled")
         for cell in [cell for cell in self._queue if cell.request == request]:
             self._queue.remove(cell)
-            self._answer(cell, EXIT_CANCELLED, 0.0, 0.0, "cancelled")
+            self._agent.answer(cell.request, result(0, 0.0, 0.0, 0, "cancelled"))
 
     def next_deadline(self) -> float | None:
-        return self._deadline
+        if self._deadline is None:
+            return None
+        return self._deadline if self._deadline < self._pulse_at else self._pulse_at
 
     def expire(self, now: float) -> None:
-        if self._deadline is None or self._deadline > now:
+        if self._deadline is None:
+            return
+        if self._pulse_at <= now:
+            self._pulse_at = now + PULSE_S
+            if self._cpu_at_pulse is None and now - self._began > COUNT_CPU_AFTER_S:
+                self._cpu_at_pulse = self._cgroup.cpu_s()
+            self._beat()
+        if self._deadline > now:
             return
         if self._reason is None:
             self._interrupt("timeout")
         else:  # it was interrupted and did not yield
             self._deadline = None
+            self._doomed = True  # should it answer after all, no cell must be given to it any more
             self._programs.signal(self._number, signal.SIGKILL)
+
+    def _beat(self) -> None:
+        assert self._pulse is not None
+        try:
+            os.write(self._pulse, b"\0")
+        except OSError:
+            return  # it has not read the last ones yet, or has just ended
 
     def _interrupt(self, reason: str) -> None:
         self._reason = reason
         self._deadline = time.monotonic() + INTERRUPT_GRACE_S
         self._programs.signal(self._number, signal.SIGINT)
 
+    def _kill_children(self) -> None:
+        """End what the current cell has started; what earlier cells started stays."""
+        self._cgroup.kill_younger(ticks(self._began), self._programs.pid(self._number))
+
     def _start_worker(self) -> None:
         ours, theirs = socket.socketpair()
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        source = os.open(_SOURCE, os.O_RDONLY | os.O_CLOEXEC)
+        source = memory_file(self._kind.source)
+        pulse, self._pulse = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._pulse, False)
         outputs = (Output(self._agent, frames.STDOUT), Output(self._agent, frames.STDERR))
-        bootstrap = _BOOTSTRAP.format(fd=LINE_FD + 1)
-        argv = [("python3", "-c", bootstrap), ("python", "-c", bootstrap)]
-        fds = [null, outputs[0].write_end, outputs[1].write_end, theirs.fileno(), source]
+        fds = [null, outputs[0].write_end, outputs[1].write_end, theirs.fileno(), source, pulse]
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
-        self._number = self._programs.spawn(argv, self._env, self._cwd, self._cgroup, fds, self._died)
-        for fd in (null, source):
+        self._output_left = 0
+        self._doomed = False
+        self._number = self._programs.spawn(self._kind.programs, self._env, self._cwd, self._cgroup, fds, self._died)
+        for fd in (null, source, pulse):
             os.close(fd)
         theirs.close()
         for output in outputs:
@@ -124,8 +190,11 @@ class Interpreter:
         assert self._line is not None and self._outputs is not None
         cell = self._current = self._queue.popleft()
         self._reason = None
+        self._restarted = False
+        self._cpu_at_pulse = None
         self._began = time.monotonic()
         self._deadline = self._began + cell.timeout_s
+        self._pulse_at = self._began + (FIRST_PULSE_S if self._fresh else PULSE_S)
         for output in self._outputs:
             output.request = cell.request
         env = {**self._new_env, **cell.env}
@@ -147,11 +216,42 @@ class Interpreter:
         if not data:
             self._agent.unwatch(self._line.fileno())  # its exit is reported by the spawner
             return
-        self._inbox += data
-        if len(self._inbox) >= ANSWER.size:
-            exit_code, wall, cpu = ANSWER.unpack_from(self._inbox)
-            del self._inbox[: ANSWER.size]
-            self._finish(exit_code, wall, cpu, self._reason)
+        if self._inbox:
+            data = bytes(self._inbox) + data
+            self._inbox.clear()
+        while data:
+            data = self._take(data)
+
+    def _take(self, data: bytes) -> bytes:
+        """One thing of what the worker said; what is left of `data`."""
+        if self._output_left:
+            return self._show(data)
+        size = ANSWER.size if data[0] == ANSWERED else OUTPUT.size
+        if len(data) < size:
+            self._inbox += data
+            return b""
+        if data[0] != ANSWERED:
+            self._output_left = OUTPUT.unpack_from(data)[1]
+            self._drain()
+            return data[size:]
+        _, flags, exit_code, wall, cpu, peak_kib = ANSWER.unpack_from(data)
+        if self._current is not None and not self._doomed:
+            self._finish(exit_code, wall, cpu, peak_kib, bool(flags & CUT))
+        return data[size:]
+
+    def _show(self, data: bytes) -> bytes:
+        """Pass on a piece of a rich output as it comes, so that the agent never holds a whole one."""
+        piece = data[: min(self._output_left, frames.CHUNK)]
+        self._output_left -= len(piece)
+        if self._current is not None:
+            last = b"\0" if self._output_left else b"\1"
+            self._agent.send(frames.OUTPUT, self._current.request, last + piece)
+        return data[len(piece) :]
+
+    def _drain(self) -> None:
+        assert self._outputs is not None
+        for output in self._outputs:
+            output.drain()
 
     def _died(self, report: Message) -> None:
         """The worker process ended: crashed, killed, or told to by os._exit()."""
@@ -159,24 +259,40 @@ class Interpreter:
         self._agent.unwatch(self._line.fileno())
         self._line.close()
         self._line = None
-        exit_code = report["exit"] if report["exit"] >= 0 else 128 - report["exit"]
+        if self._pulse is not None:
+            os.close(self._pulse)
+            self._pulse = None
         if self._current is not None:
+            self._restarted = report["exit"] != EXIT_MISSING
             wall = time.monotonic() - self._began
-            reason = self._reason or ("interpreter_missing" if exit_code == 127 else "interpreter_crashed")
-            self._finish(exit_code, wall, report["cpu"], reason)
+            self._finish(report["exit"], wall, self._cpu_until_death(wall), report["rss_kib"], cut=False)
+            if self._restarted and self._line is None:
+                self._start_worker()  # at once: the next cell's time shall be its own
 
-    def _finish(self, exit_code: int, wall: float, cpu: float, reason: str | None) -> None:
+    def _cpu_until_death(self, wall: float) -> float:
+        """The worker did not live to tell. Counted from soon after the cell began; before that, all that was possible."""
+        spent = self._cgroup.cpu_s() - self._cpu_at_pulse if self._cpu_at_pulse is not None else wall
+        return min(spent, wall * (os.cpu_count() or 1))
+
+    def _finish(self, exit_code: int, wall: float, cpu: float, peak_kib: int, cut: bool) -> None:
         cell, self._current, self._deadline = self._current, None, None
         assert cell is not None and self._outputs is not None
+        if self._reason is not None:
+            self._kill_children()
         for output in self._outputs:
             output.drain()
             output.request = None
-        if reason == "timeout":
-            exit_code = EXIT_TIMEOUT
-        elif reason == "cancelled":
-            exit_code = EXIT_CANCELLED
-        self._answer(cell, exit_code, wall, cpu, reason)
+        reason = self._reason
+        if reason is None and exit_code != 0:
+            reason = self._why(exit_code)
+        self._agent.answer(cell.request, result(exit_code, wall, cpu, peak_kib, reason, cut, self._restarted))
         self._next()
 
-    def _answer(self, cell: Cell, exit_code: int, wall: float, cpu: float, reason: str | None) -> None:
-        self._agent.answer(cell.request, {"exit_code": exit_code, "wall": wall, "cpu": cpu, "reason": reason})
+    def _why(self, exit_code: int) -> str | None:
+        """What ended a cell that failed, if it was not its own code."""
+        refused = self._cgroup.refused()
+        if self._restarted:
+            return refused or "interpreter_crashed"
+        if exit_code == EXIT_MISSING and self._line is None:
+            return "interpreter_missing"
+        return refused or ("disk_full" if disk_is_full(USER_ROOT) else None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from instavm_guest import frames
 from instavm_guest.frames import Message
-from instavm_guest.world import Cgroup
+from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full
 
 if TYPE_CHECKING:
     from instavm_guest.agent import Agent
@@ -23,6 +23,8 @@ PIPE_BYTES = 1 << 20
 DRAIN_READS = 32
 EXIT_TIMEOUT = 124
 EXIT_CANCELLED = 130
+EXIT_MISSING = 127
+"""No such program in this image."""
 
 
 class Output:
@@ -72,6 +74,30 @@ class Output:
             self._read = -1
 
 
+def result(
+    exit_code: int,
+    wall: float,
+    cpu: float,
+    peak_kib: int,
+    reason: str | None,
+    cut: bool = False,
+    restarted: bool = False,
+) -> Message:
+    """What became of a request, as DONE tells it. A negative `exit_code` is the signal that ended it."""
+    told: Message = {"wall": wall, "cpu": cpu, "peak_kib": peak_kib, "reason": reason}
+    if exit_code < 0:
+        told["signal"] = -exit_code
+    if cut:
+        told["cut"] = True
+    if restarted:
+        told["restarted"] = True
+    if reason in ("timeout", "cancelled"):
+        told["exit_code"] = EXIT_TIMEOUT if reason == "timeout" else EXIT_CANCELLED
+    else:
+        told["exit_code"] = exit_code if exit_code >= 0 else 128 - exit_code
+    return told
+
+
 class Run:
     """One program that answers one request."""
 
@@ -95,18 +121,11 @@ class Run:
         for output in self.outputs:
             output.drain()
             output.request = None  # a background process may go on writing; nobody asks for that any more
-        exit_code = report["exit"] if report["exit"] >= 0 else 128 - report["exit"]
-        if self.reason is not None:
-            exit_code = EXIT_TIMEOUT if self.reason == "timeout" else EXIT_CANCELLED
-        self._agent.answer(
-            self.request,
-            {
-                "exit_code": exit_code,
-                "wall": time.monotonic() - self.began,
-                "cpu": report["cpu"],
-                "reason": self.reason,
-            },
-        )
+        reason = self.reason
+        if reason is None and report["exit"] != 0:
+            reason = self.cgroup.refused() or ("disk_full" if disk_is_full(USER_ROOT) else None)
+        wall, cpu = time.monotonic() - self.began, max(report["cpu"], self.cgroup.cpu_s())
+        self._agent.answer(self.request, result(report["exit"], wall, cpu, report["rss_kib"], reason))
 
 
 class Programs:
@@ -117,6 +136,7 @@ class Programs:
         self._line = line
         self._number = 0
         self._on_exit: dict[int, Callable[[Message], None]] = {}
+        self._pids: dict[int, int] = {}
         self._runs: dict[int, Run] = {}
         self._lingering: list[Cgroup] = []
         agent.watch(line.fileno(), self._heard)
@@ -141,6 +161,10 @@ class Programs:
             os.close(procs)
         return self._number
 
+    def pid(self, number: int) -> int | None:
+        """A program's number in the user's world, while it runs and as soon as the spawner has told it."""
+        return self._pids.get(number)
+
     def signal(self, number: int, signum: int) -> None:
         self._line.send(json.dumps({"id": number, "signal": signum}).encode())
 
@@ -149,7 +173,7 @@ class Programs:
     ) -> None:
         script: list[int] = []
         if len(programs[0][-1]) > ARGUMENT_MAX:
-            script = [_script_file(programs[0][-1])]
+            script = [memory_file(programs[0][-1].encode())]
             programs = [(program[0], "/dev/fd/3") for program in programs]
         run = Run(self._agent, request, timeout_s)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -185,12 +209,18 @@ class Programs:
         if not data:
             raise SystemExit("the user's world has ended")  # our own pid 1 starts us, and it, again
         report = json.loads(data)
-        if "exit" in report:
+        if "pid" in report:
+            self._pids[report["id"]] = report["pid"]
+        elif "exit" in report:
+            self._pids.pop(report["id"], None)
             self._on_exit.pop(report["id"])(report)
 
 
-def _script_file(text: str) -> int:
-    fd = os.memfd_create("script", os.MFD_CLOEXEC)
-    os.write(fd, text.encode())
+def memory_file(data: bytes) -> int:
+    """A descriptor from which `data` can be read."""
+    fd = os.memfd_create("instavm", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

@@ -16,7 +16,7 @@ import socket
 import stat
 import sys
 
-from instavm_guest import kernel
+from instavm_guest import courier, kernel
 from instavm_guest.frames import Message
 
 PACKET_MAX = 256 << 10
@@ -155,6 +155,7 @@ def _become(ask: Message, fds: list[int]) -> None:
     """In the child: turn into the program that was asked for. Descriptors: cgroup.procs first, then 0, 1, 2, 3 …"""
     try:
         os.write(fds[0], b"0")
+        _be_killable()
         os.setsid()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in fds[1:]]  # clear of the numbers they will get
         for number, fd in enumerate(high):
@@ -168,6 +169,8 @@ def _become(ask: Message, fds: list[int]) -> None:
             os.chdir("/")
         os.closerange(len(high), 256)
         env = ask["env"]
+        if ask["programs"][0][0] == courier.PROGRAM:
+            courier.serve(ask["programs"][0][1])
         for program in ask["programs"]:
             try:
                 os.execvpe(program[0], program, env)
@@ -180,6 +183,13 @@ def _become(ask: Message, fds: list[int]) -> None:
         os.write(2, f"could not start {ask['programs'][0][0]}: {exc}\n".encode())
     finally:
         os._exit(126)
+
+
+def _be_killable() -> None:
+    """The agent is spared when memory runs out, and so is this process; what the user runs is not."""
+    fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
+    os.write(fd, b"0")
+    os.close(fd)
 
 
 def _reap(line: socket.socket, children: dict[int, int]) -> None:

@@ -1,18 +1,22 @@
 """The interpreter whose state persists: runs cells of Python in the image's own Python (3.8 or newer), one at a time.
 
-It is read into that Python as text (`python3 -c`, source on a descriptor), so it imports nothing of ours. The agent sends
-flags and two lengths (ASK), then the cell's code and its environment as JSON; the answer is exit code, wall and CPU seconds
-(ANSWER). Structs and not JSON, because this is the path that every start of a sandbox takes for the first time.
+It is read into that Python as text (`python3 -c`, sources on a descriptor) together with `outputs` and `notebook`, which are
+imported only when a cell needs them: this file is the path of a plain `print(1)`, and right after a restore each step on
+it costs translation. The agent sends flags and two lengths (ASK), then the cell's code and its environment as JSON; back come
+rich outputs (OUTPUT) while the cell runs, and at its end what it took (ANSWER).
 """
 
 from __future__ import annotations
 
+import _thread
 import ast
+import builtins
 import fcntl
 import io
 import json
 import linecache
 import os
+import resource
 import select
 import signal
 import socket
@@ -21,23 +25,37 @@ import sys
 import time
 import traceback
 import types
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 LINE_FD = 3
+SOURCE_FD = 4
+PULSE_FD = 5
 HIGH_FD = 700
 ASK = struct.Struct("!BII")
-ANSWER = struct.Struct("!idd")
+OUTPUT = struct.Struct("!BI")
+ANSWER = struct.Struct("!BBiddQ")
 FRESH = 1  # first cell in a new sandbox: generators must not go on where the template's were
 REHEARSE = 2  # no cell; go through the motions of one, again and again, until the next request comes
+ANSWERED, SHOWN = 0, 1  # first byte of what the worker sends
+CUT = 1  # a flag of an answer: outputs were dropped
+
+CO_COROUTINE = 0x80
+PACKAGE = "instavm_guest"
+OURS = "<instavm"
+"""How the file names of our own code begin; no traceback shows them."""
+PLAIN = frozenset({int, float, str, bool, bytes, list, tuple, dict, set, complex})
+"""Types that have no richer form than their text."""
 
 
 class Line:
     """The socket to the agent, kept out of the way of user code that closes descriptors it did not open."""
 
     def __init__(self, fd: int) -> None:
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
-        os.close(fd)
-        self._socket = socket.socket(fileno=high)
+        self._socket = socket.socket(fileno=moved_up(fd))
+        self._sending = _thread.allocate_lock()
 
     def receive(self) -> tuple[int, str, dict[str, str]] | None:
         """The next request as (flags, code, environment), or None when the agent is gone."""
@@ -49,7 +67,8 @@ class Line:
         return flags, code, json.loads(self._exactly(env_size)) if env_size else {}
 
     def send(self, data: bytes) -> None:
-        self._socket.sendall(data)
+        with self._sending:  # a thread of the user's may be showing something
+            self._socket.sendall(data)
 
     def discard(self, size: int) -> None:
         self._socket.recv(size)
@@ -71,13 +90,103 @@ class Line:
         return data
 
 
-def reseed() -> None:
-    """Every generator that may already be loaded starts again from the kernel's, which has been reseeded before."""
-    modules = sys.modules
-    if "random" in modules:
-        modules["random"].seed()
-    if "numpy.random" in modules:
-        modules["numpy.random"].seed()
+class Sources:
+    """Imports the other files of ours from memory, and tells who waits for a module when it has been imported."""
+
+    def __init__(self, sources: dict[str, str], after: dict[str, Callable[[], None]]) -> None:
+        self._sources = sources
+        self._after = after
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name in self._sources:
+            return ModuleSpec(name, self, is_package=name == PACKAGE)  # type: ignore[arg-type]
+        if name in self._after:
+            return self._watched(name, path, target)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        name = module.__name__
+        exec(compile(self._sources[name], OURS + " " + name + ">", "exec", dont_inherit=True), module.__dict__)
+
+    def _watched(self, name: str, path: Any, target: Any) -> ModuleSpec | None:
+        """The spec that the other finders have, which calls us back once the module is there."""
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                self._call_after(spec.loader)
+                return spec
+        return None
+
+    def _call_after(self, loader: Any) -> None:
+        execute = loader.exec_module
+
+        def then(module: types.ModuleType) -> None:
+            execute(module)
+            self._after.pop(module.__name__)()
+
+        loader.exec_module = then
+
+
+class Space:
+    """The user's namespace, and what belongs to it: outputs, event loop, notebook syntax."""
+
+    def __init__(self, line: Line) -> None:
+        self.module = types.ModuleType("__main__")
+        self.names: dict[str, Any] = self.module.__dict__
+        self.names["__builtins__"] = builtins
+        self.own = set(self.names)
+        self.running = False
+        """Whether an interrupt is for the cell."""
+        self.starting = False
+        """Whether it is us who import IPython, just now."""
+        self.number = 0
+        self.cut = False
+        self.shown = 0
+        """Bytes of outputs of this cell."""
+        self.count = 0
+        self.line = line
+        self._me = os.getpid()
+        self._loop: Any = None
+
+    def show(self, value: object) -> None:
+        """A last expression's value: as text, like the interactive interpreter, and in its richer forms."""
+        sys.displayhook(value)
+        if type(value) not in PLAIN and value is not None:
+            from instavm_guest import outputs  # noqa: PLC0415
+
+            outputs.of(self).add(value)
+
+    def send(self, payload: bytes) -> None:
+        """One output, as JSON. A fork of the worker has no line of its own to the agent: it stays silent."""
+        if os.getpid() == self._me:
+            flush()
+            self.line.send(OUTPUT.pack(SHOWN, len(payload)) + payload)
+
+    def wait_for(self, coroutine: Any) -> Any:
+        """Run a coroutine on the one event loop of this interpreter; its other tasks go on meanwhile."""
+        import asyncio  # noqa: PLC0415
+
+        if self._loop is None or self._loop.is_closed():
+            self._loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self._loop)
+        task = self._loop.create_task(coroutine)
+        try:
+            return self._loop.run_until_complete(task)
+        except (KeyboardInterrupt, SystemExit):
+            task.cancel()
+            self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            raise
+
+    def clean(self) -> None:
+        """Forget what cells have left: the names of a template's warm-up are not the user's."""
+        for name in [name for name in self.names if name not in self.own]:
+            del self.names[name]
+        self.number = 0
 
 
 class Cell:
@@ -88,35 +197,88 @@ class Cell:
         self.source = source
         linecache.cache[self.name] = (len(source), None, source.splitlines(True), self.name)
 
-    def run(self, space: dict[str, Any]) -> None:
+    def run(self, space: Space) -> None:
         """Execute; a last expression's value is shown as the interactive interpreter shows it."""
         if "\n" not in self.source:  # most one-liners are an expression, and that is the shorter way
             try:
-                whole = compile(self.source, self.name, "eval")
-            except SyntaxError:
+                whole = self._compiled(self.source, "eval")
+            except (SyntaxError, ValueError):
                 pass
             else:
-                sys.displayhook(eval(whole, space))
+                space.show(self._evaluated(whole, space))
                 return
-        tree = ast.parse(self.source, self.name)
+        tree = self._parsed(space)
         last = tree.body[-1] if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         if isinstance(last, ast.Expr):
             tree.body.pop()
         if tree.body:
-            exec(compile(tree, self.name, "exec"), space)
+            self._evaluated(self._compiled(tree, "exec"), space)
         if isinstance(last, ast.Expr):
-            sys.displayhook(eval(compile(ast.Expression(last.value), self.name, "eval"), space))
+            value = self._evaluated(self._compiled(ast.Expression(last.value), "eval"), space)
+            if not self.source.rstrip().endswith(";"):
+                space.show(value)
+
+    def _parsed(self, space: Space) -> Any:
+        try:
+            return self._compiled(self.source, "exec", ast.PyCF_ONLY_AST)
+        except SyntaxError:
+            from instavm_guest import notebook  # noqa: PLC0415
+
+            plain = notebook.of(space).translated(self.source)
+            if plain is None:
+                raise
+        return self._compiled(plain, "exec", ast.PyCF_ONLY_AST)
+
+    def _compiled(self, source: Any, mode: str, flags: int = 0) -> Any:
+        return compile(source, self.name, mode, flags | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+
+    def _evaluated(self, code: Any, space: Space) -> Any:
+        value = eval(code, space.names)
+        return space.wait_for(value) if code.co_flags & CO_COROUTINE else value
+
+
+def reseed() -> None:
+    """Every generator that may already be loaded starts again from the kernel's, which has been reseeded before."""
+    modules = sys.modules
+    if "random" in modules:
+        modules["random"].seed()
+    if "numpy.random" in modules:
+        modules["numpy.random"].seed()
+
+
+def moved_up(fd: int, copy: bool = False) -> int:
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH_FD)
+    if not copy:
+        os.close(fd)
+    return high
 
 
 def report() -> None:
-    """Write the current exception as Python would, without the frames of this file."""
+    """Write the current exception as Python would, without the frames that are not the user's."""
     kind, value, trace = sys.exc_info()
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-        trace = trace.tb_next
-    traceback.print_exception(kind, value, trace)
+    assert kind is not None and value is not None
+    told = traceback.TracebackException(kind, value, trace)
+    _without_ours(told, set())
+    sys.stderr.write("".join(told.format()))
 
 
-def run(cell: Cell, space: dict[str, Any]) -> int:
+def _without_ours(told: Any, seen: set[int]) -> None:
+    if told is None or id(told) in seen:
+        return
+    seen.add(id(told))
+    if any(frame.filename.startswith("<cell ") for frame in told.stack):
+        told.stack[:] = [frame for frame in told.stack if not _hidden(frame.filename)]
+    else:
+        told.stack[:] = [frame for frame in told.stack if not frame.filename.startswith(OURS)]
+    for other in (told.__cause__, told.__context__, *(getattr(told, "exceptions", None) or ())):
+        _without_ours(other, seen)
+
+
+def _hidden(filename: str) -> bool:
+    return filename.startswith(OURS) or "/IPython/" in filename
+
+
+def run(cell: Cell, space: Space) -> int:
     """The exit code of `cell`: 0, 1 after an exception, or what sys.exit() was given."""
     try:
         cell.run(space)
@@ -134,6 +296,24 @@ def run(cell: Cell, space: dict[str, Any]) -> int:
     return 0
 
 
+def finished(cell: Cell, space: Space) -> int:
+    """Run `cell`, and show the figures that it left open. An interrupt may come at any moment of this."""
+    try:
+        space.running = True
+        code = run(cell, space)
+        if "matplotlib.pyplot" in sys.modules:
+            from instavm_guest import outputs  # noqa: PLC0415
+
+            outputs.of(space).figures()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BaseException:  # stderr is closed, memory is gone: the exit code has to tell it alone
+        return 1
+    finally:
+        space.running = False
+
+
 def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -142,43 +322,164 @@ def flush() -> None:
             continue  # the user's code closed or replaced it
 
 
-def main() -> None:
+def perform(line: Line, code: str, space: Space, meter: Meter, streams: Streams) -> int:
+    """One cell from its code to its answer; the exit code."""
+    streams.mend()
+    space.number += 1
+    space.cut, space.shown, space.count = False, 0, 0
+    meter.start()
+    exit_code = finished(Cell(space.number, code), space)
+    flush()
+    meter.stop()
+    if os.getpid() != meter.me:
+        os._exit(exit_code)  # a fork that ran off the end of the cell
+    line.send(ANSWER.pack(ANSWERED, CUT if space.cut else 0, exit_code, meter.wall_s, meter.cpu_s, meter.peak_kib))
+    return exit_code
+
+
+class Meter:
+    """What a cell takes: wall clock, CPU with the children that were waited for, and the peak of resident memory."""
+
+    def __init__(self) -> None:
+        self.me = os.getpid()
+        self.wall_s = self.cpu_s = 0.0
+        self.peak_kib = 0
+        self._children_kib = 0
+        try:
+            self._refs = moved_up(os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC))
+        except OSError:
+            self._refs = -1
+
+    def start(self) -> None:
+        if self._refs >= 0:
+            try:
+                os.write(self._refs, b"5")  # the peak of resident memory starts anew; proc(5)
+            except OSError:
+                self._refs = -1
+        self._wall, self._cpu = time.perf_counter(), self._spent()[0]
+
+    def stop(self) -> None:
+        self.wall_s = time.perf_counter() - self._wall
+        cpu, peak, children = self._spent()
+        self.cpu_s = max(0.0, cpu - self._cpu)
+        self.peak_kib = max(peak, children if children > self._children_kib else 0)
+        self._children_kib = children
+
+    def _spent(self) -> tuple[float, int, int]:
+        own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+        return cpu, own.ru_maxrss, children.ru_maxrss
+
+
+class Streams:
+    """stdout and stderr as they were, to come back when a cell has closed them; flushed when the agent says so."""
+
+    def __init__(self) -> None:
+        self._streams = (sys.stdout, sys.stderr)
+        self._spare = tuple(moved_up(number, copy=True) for number in (1, 2))
+
+    def listen(self, pulse: int) -> None:
+        """The agent writes a byte now and then while a cell runs: what was printed without a newline goes out then."""
+        pulse = moved_up(pulse)
+        warnings.filterwarnings("ignore", r".*multi-threaded, use of (os\.)?fork", DeprecationWarning)
+        _thread.start_new_thread(self._flush_on, (pulse,))
+
+    def mend(self) -> None:
+        if not (sys.stdout is None or sys.stdout.closed or sys.stderr is None or sys.stderr.closed):
+            return
+        for number, spare in zip((1, 2), self._spare):  # noqa: B905 (Python 3.8)
+            os.dup2(spare, number)
+        sys.stdout, sys.stderr = (stream_on(number) for number in (1, 2))
+        self._streams = (sys.stdout, sys.stderr)
+
+    def _flush_on(self, pulse: int) -> None:
+        while True:
+            try:
+                if not os.read(pulse, 4096):
+                    return
+                for stream in self._streams:
+                    stream.flush()
+            except ValueError:
+                continue  # closed by the cell
+            except OSError:
+                return
+
+
+def stream_on(fd: int) -> io.TextIOWrapper:
+    raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+def no_input(prompt: object = "") -> str:
+    """Stands in for input()."""
+    raise EOFError("input() can't be answered: nobody is at the keyboard of a sandbox. Set a variable instead.")
+
+
+def main(sources: dict[str, str]) -> None:
     line = Line(LINE_FD)
-    me = os.getpid()
-    main_module = types.ModuleType("__main__")
-    main_module.__dict__["__builtins__"] = __builtins__
-    sys.modules["__main__"] = main_module
+    space = Space(line)
+    sys.modules["__main__"] = space.module
     sys.argv = [""]
     sys.path.insert(0, "")
+    sys.meta_path.insert(0, Sources(sources, _after(space)))
+    builtins.input = no_input
+    setattr(builtins, "display", lambda *values, **_: _display(space, values))  # noqa: B010
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    number = 0
+    streams = Streams()
+    streams.listen(PULSE_FD)
+    meter = Meter()
+    _interrupt_only_cells(space)
     while True:
-        try:
-            ask = line.receive()
-        except KeyboardInterrupt:
-            continue  # an interrupt that came after its cell had ended
+        ask = line.receive()
         if ask is None:
             os._exit(0)
         flags, code, env = ask
         if flags & REHEARSE:
-            rehearse(line)
+            space.clean()
+            rehearse(line, meter, streams)
             continue
         if flags & FRESH:
             reseed()
         if env:
             os.environ.update(env)
-        number += 1
-        wall, cpu = time.perf_counter(), time.process_time()
-        exit_code = run(Cell(number, code), main_module.__dict__)
-        flush()
-        if os.getpid() != me:
-            os._exit(exit_code)  # a fork that ran off the end of the cell
-        line.send(ANSWER.pack(exit_code, time.perf_counter() - wall, time.process_time() - cpu))
+        perform(line, code, space, meter, streams)
 
 
-def rehearse(line: Line) -> None:
+def _after(space: Space) -> dict[str, Callable[[], None]]:
+    def pyplot() -> None:
+        from instavm_guest import outputs  # noqa: PLC0415
+
+        outputs.of(space).take_pyplot()
+
+    def ipython() -> None:
+        from instavm_guest import notebook  # noqa: PLC0415
+
+        if not space.starting:
+            notebook.of(space)
+
+    return {"matplotlib.pyplot": pyplot, "IPython": ipython}
+
+
+def _display(space: Space, values: Sequence[object]) -> None:
+    """Stands in for display() of a notebook."""
+    for value in values:
+        print(value if type(value) is str else repr(value))
+        if type(value) not in PLAIN:
+            from instavm_guest import outputs  # noqa: PLC0415
+
+            outputs.of(space).add(value)
+
+
+def _interrupt_only_cells(space: Space) -> None:
+    def interrupted(signum: int, frame: object) -> None:
+        if space.running:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupted)
+
+
+def rehearse(line: Line, meter: Meter, streams: Streams) -> None:
     """Go through the motions of a cell, into the void and a namespace of its own, until a request is there.
 
     A template is saved while this runs. So a clone's interpreter goes on with it from the first moment, beside the agent
@@ -187,15 +488,15 @@ def rehearse(line: Line) -> None:
     here, there = socket.socketpair()
     mirror, echo = Line(here.detach()), Line(there.detach())
     kept, sys.stdout = sys.stdout, open(os.devnull, "w", buffering=1)
+    space = Space(mirror)
     try:
         while not line.waiting():
             code = "print(1)"
             echo.send(ASK.pack(0, len(code), 0) + code.encode())
             mirror.receive()
             reseed()
-            run(Cell(0, code), {"__builtins__": __builtins__})
-            sys.stdout.flush()
-            mirror.send(ANSWER.pack(0, time.perf_counter(), time.process_time()))
+            space.number = -1
+            perform(mirror, code, space, meter, streams)
             echo.discard(ANSWER.size)
     finally:
         sys.stdout.close()
@@ -205,4 +506,4 @@ def rehearse(line: Line) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals()["SOURCES"])

@@ -74,6 +74,10 @@ async def test_an_honest_answer_comes_through():
         {"cpu": 10**400},
         {"reason": "because"},
         {"reason": {}},
+        {"signal": 0},
+        {"signal": "9"},
+        {"peak_kib": -1},
+        {"peak_kib": 1.5},
     ],
 )
 async def test_an_answer_with_an_impossible_value_is_refused(lie):
@@ -140,3 +144,35 @@ async def test_whatever_a_guest_says_the_caller_gets_an_outcome_or_a_typed_error
         with anyio.fail_after(30):
             with suppress(InstaVMError):
                 await agent.execute(COMMAND)
+
+
+def output(data, last=True):
+    return lambda n: frames.encode(frames.OUTPUT, n, (b"\1" if last else b"\0") + data)
+
+
+async def test_rich_outputs_are_put_together_from_their_pieces():
+    whole = json.dumps({"text/html": "<b/>"}).encode()
+    outcome = await answered(
+        lambda n: output(whole[:5], last=False)(n) + output(whole[5:])(n) + frames.encode_json(frames.DONE, n, GOOD)
+    )
+    assert outcome.outputs == ({"text/html": "<b/>"},)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"[]", b"{", b"[" * 50_000, b'{"not a type": 1}', b'{"a/' + b"b" * 200 + b'": 1}']
+)
+async def test_an_output_that_is_none_ends_the_line(data):
+    with pytest.raises(GuestProtocolError):
+        await answered(output(data))
+
+
+async def test_endless_outputs_are_kept_to_their_limits():
+    """However many, and however long: the host holds what a result may hold."""
+    small = json.dumps({"text/plain": "x"}).encode()
+    outcome = await answered(lambda n: output(small)(n) * 500 + frames.encode_json(frames.DONE, n, GOOD))
+    assert (len(outcome.outputs), outcome.truncated) == (64, True)
+    piece = b"x" * frames.CHUNK
+    outcome = await answered(
+        lambda n: output(piece, last=False)(n) * 500 + output(b"")(n) + frames.encode_json(frames.DONE, n, GOOD)
+    )
+    assert (outcome.outputs, outcome.truncated) == ((), True)

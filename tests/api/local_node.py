@@ -14,23 +14,25 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 
-from instavm.errors import BootFailed, NoCapacity, OutcomeUnknown, SessionEnded
+from instavm.errors import BootFailed, DiskFull, FileError, FileMissing, NoCapacity, OutcomeUnknown, SessionEnded
 from instavm.sandbox import (
     Command,
     Ended,
     EndReason,
+    HostMemory,
     NodeInfo,
     Outcome,
     OutputSink,
     SandboxSpec,
     Started,
+    StoredFile,
     Tier,
 )
 
@@ -38,6 +40,8 @@ BOOT_FAILS_MIB = 257
 BOOT_HANGS_MIB = 258
 NODE_FULL_MIB = 259
 BOOT_FAILS_ONCE_MIB = 260
+
+FILE_BYTES_MAX = 64 << 20
 
 INTERPRETER = """
 import contextlib, io, json, sys, time, traceback
@@ -62,7 +66,14 @@ class Place:
     spec: SandboxSpec
     folder: Path
     python: asyncio.subprocess.Process
+    started: Started
+    env: dict[str, str] = field(default_factory=dict)
     shells: set[asyncio.subprocess.Process] = field(default_factory=set)
+
+    def path(self, path: str) -> Path:
+        """Its folder is its root, and nothing leads above it."""
+        inside = os.path.normpath(os.path.join("/app", path)).lstrip("/")
+        return self.folder / inside
 
     def processes(self) -> list[asyncio.subprocess.Process]:
         return [self.python, *self.shells]
@@ -78,6 +89,7 @@ class LocalNode:
         self.started: list[str] = []
         self.stopped: list[str] = []
         self.failures = 0
+        self.host = HostMemory(1 << 20, 1 << 20)
         self._tell: Callable[[Ended], None] = lambda ended: None
 
     async def start(self, spec: SandboxSpec) -> Started:
@@ -86,14 +98,15 @@ class LocalNode:
         try:
             await self._misbehave(spec)
             folder = self._root / spec.vm_id
-            folder.mkdir()
+            (folder / "app").mkdir(parents=True)
             python = await self._process(spec, folder, sys.executable, "-c", INTERPRETER)
         finally:
             self.booting.discard(spec.vm_id)
-        self.places[spec.vm_id] = Place(spec, folder, python)
-        self.started.append(spec.vm_id)
         took = (time.perf_counter() - began) * 1000
-        return Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"spawn": took})
+        started = Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"spawn": took})
+        self.places[spec.vm_id] = Place(spec, folder, python, started)
+        self.started.append(spec.vm_id)
+        return started
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
         place = self.places.get(vm_id)
@@ -102,8 +115,13 @@ class LocalNode:
         began = time.perf_counter()
         try:
             with anyio.fail_after(command.timeout_s):
-                run = self._python if command.language == "python" else self._shell
-                out, err, code = await run(place, command)
+                tell = on_output or (lambda stream, data: None)
+                if command.language == "python":
+                    out, err, code = await self._python(place, command)
+                    tell("stdout", out.encode())
+                    tell("stderr", err.encode())
+                else:
+                    out, err, code = await self._shell(place, command, tell)
         except TimeoutError:
             took = time.perf_counter() - began
             return Outcome("", "timed out\n", 124, took, 0.0, timed_out=True, reason="timeout")
@@ -118,6 +136,58 @@ class LocalNode:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+        place = self._place(vm_id)
+        target = place.path(path)
+        if path.endswith("/") or target.is_dir():
+            target /= name
+        if target.exists() and not target.is_file():
+            raise FileError(f"{path} is not a regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part, size = target.with_name(target.name + ".part"), 0
+        try:
+            with part.open("wb") as file:
+                async for chunk in chunks:
+                    size += file.write(chunk)
+                    if size > FILE_BYTES_MAX:
+                        raise DiskFull(f"{path}: no space left (the sandbox's own disk)")
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+        return StoredFile("/" + str(target.relative_to(place.folder)), size)
+
+    async def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        target = self._place(vm_id).path(path)
+        if target.is_dir():
+            raise FileError(f"{path} is a directory")
+        if not target.is_file():
+            raise FileMissing(f"{path} is not there")
+        with target.open("rb") as file:
+            while data := file.read(64 << 10):
+                yield data
+
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
+        place = self._place(vm_id)
+        place.env.update(env)
+        sets = "import os; os.environ.update(" + repr(dict(env)) + ")"
+        await self._python(place, Command(sets, "python", 60.0))
+
+    async def adopted(self) -> Mapping[str, Started]:
+        """Its sandboxes live as long as the test does: a second control on the same node finds them."""
+        return {vm_id: place.started for vm_id, place in self.places.items()}
+
+    async def leave(self) -> None:
+        return
+
+    def memory(self) -> HostMemory:
+        return self.host
+
+    def _place(self, vm_id: str) -> Place:
+        place = self.places.get(vm_id)
+        if place is None:
+            raise SessionEnded(f"there is no sandbox {vm_id} here")
+        return place
 
     def on_end(self, callback: Callable[[Ended], None]) -> None:
         self._tell = callback
@@ -154,11 +224,19 @@ class LocalNode:
         out, err, code = json.loads(line)
         return out, err, code
 
-    async def _shell(self, place: Place, command: Command) -> tuple[str, str, int]:
+    async def _shell(self, place: Place, command: Command, on_output: OutputSink) -> tuple[str, str, int]:
         shell = await self._process(place.spec, place.folder, command.language, "-c", command.code)
         place.shells.add(shell)
         try:
-            out, err = await shell.communicate()
+            assert shell.stdout is not None
+            assert shell.stderr is not None
+            out = b""
+            while piece := await shell.stdout.read(65536):
+                on_output("stdout", piece)
+                out += piece
+            err = await shell.stderr.read()
+            on_output("stderr", err)
+            await shell.wait()
         finally:
             place.shells.discard(shell)
             if shell.returncode is None:
@@ -169,8 +247,12 @@ class LocalNode:
     async def _process(self, spec: SandboxSpec, folder: Path, *argv: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             *argv,
-            cwd=folder,
-            env={"PATH": os.environ["PATH"], **spec.env},
+            cwd=folder / "app",
+            env={
+                "PATH": os.environ["PATH"],
+                **spec.env,
+                **(place.env if (place := self.places.get(spec.vm_id)) else {}),
+            },
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -105,6 +105,7 @@ async def test_a_restarted_server_knows_its_sessions_and_that_their_sandboxes_ar
 
 
 async def test_sandboxes_of_a_server_that_was_killed_are_lost(tmp_path):
+    """Its store still says that they are up; the node of the next server does not have them."""
     async with (
         open_local_node() as node,
         open_store(tmp_path / "db") as store,
@@ -113,7 +114,11 @@ async def test_sandboxes_of_a_server_that_was_killed_are_lost(tmp_path):
         session_id = (await control.sessions.create(ME, ask())).id
         await (await control.sessions.get(ME, session_id)).vm.settled.wait()
         await store.journal.written()
-        async with open_store(tmp_path / "db") as after:
+        async with (
+            open_local_node() as empty,
+            open_store(tmp_path / "db") as after,
+            open_control(empty, after, LocalAccounts(after.accounts)),
+        ):
             _, vm = await after.sessions.load(session_id)
             assert (vm.state, vm.why) == (State.ENDED, EndReason.NODE_LOST)
 
@@ -155,3 +160,18 @@ async def test_a_locked_database_stops_no_running_sandbox(tmp_path):
         other.close()
         row, _ = await store.sessions.load(session.id)
         assert row.usage.execution_count == 4
+
+
+async def test_a_hundred_lifetimes_run_out_and_nothing_survives(tmp_path):
+    """Nobody ends before its deadline, and afterwards nobody is left."""
+    async with (
+        open_local_node() as node,
+        open_store(tmp_path / "db") as store,
+        open_control(node, store, LocalAccounts(store.accounts)) as control,
+    ):
+        sessions = [await control.sessions.create(ME, ask(vm_lifetime_seconds=0.5)) for _ in range(100)]
+        for session in sessions:
+            await session.vm.gone.wait()
+        assert {session.vm.lifecycle.why for session in sessions} == {EndReason.LIFETIME}
+        assert min(session.vm.uptime_s() for session in sessions) >= 0.5
+        assert (len(control.vms), node.places) == (0, {})

@@ -61,7 +61,7 @@ async def start(node):
         await live.stop()
     assert node._live == {}
     with anyio.fail_after(30):
-        while inventory.take(node._settings.state_dir).homes != spare_homes(node):
+        while inventory.take(node._settings.state_dir) != waiting(node):
             await anyio.sleep(0.02)  # a spare machine is being made
 
 
@@ -70,6 +70,9 @@ async def sandbox(start):
     return await start()
 
 
-def spare_homes(node):
-    """Machines that wait for a sandbox are no leftovers; whatever else has a folder is."""
-    return frozenset(spare.home.name for spare in node._machines.prepared())
+def waiting(node):
+    """Machines that wait for a sandbox are no leftovers; whatever else runs or has a folder is."""
+    ready = node._machines.prepared()
+    return inventory.Inventory(
+        frozenset(one.machine.pid for one in ready), frozenset(one.home.name for one in ready)
+    )

@@ -30,8 +30,8 @@ def own(settings, short_folder, request):
 async def test_a_guest_that_never_answers_is_given_up(own, monkeypatch):
     load = QemuMachine.load
 
-    async def load_and_freeze(machine):
-        await load(machine)
+    async def load_and_freeze(machine, **how):
+        await load(machine, **how)
         await machine.pause()
 
     impatient = own.model_copy(update={"restore_timeout_s": 1.0})
@@ -91,31 +91,60 @@ async def test_a_template_that_was_altered_is_made_again(own, settings, short_fo
     assert json.loads((template / "template.json").read_text())["memory_mib"] == 512
 
 
-KILLED = """
-import anyio, os, sys
+SERVER = """
+import anyio, sys
 from instavm.node.runtime import Runtime
-from instavm.sandbox import SandboxSpec
+from instavm.sandbox import Command, SandboxSpec
 from instavm.settings import Settings
 
 async def main():
     async with Runtime.open(Settings()) as node:
-        await node.start(SandboxSpec("vm-orphan", 2, 512))
+        for number in range(3):
+            await node.start(SandboxSpec(f"vm-orphan{number}", 2, 512))
+            await node.execute(f"vm-orphan{number}", Command(f"x = {number}", "python", 60))
         print("up", flush=True)
-        await anyio.sleep_forever()
+        if "leave" in sys.argv:
+            await node.leave()
+        else:
+            await anyio.sleep_forever()
 
 anyio.run(main)
 """
 
 
-async def test_what_a_killed_server_left_is_removed_by_the_next(own):
-    """kill -9 gives nobody a chance to clean up: its machines are found by the disks they run on."""
+async def serve_and_go(own, how):
+    """A server with three sandboxes that is killed (kill -9 gives nobody a chance to do anything), or leaves them."""
     env = {**os.environ, "INSTAVM_STATE_DIR": str(own.state_dir), "INSTAVM_CACHE_DIR": str(own.cache_dir)}
-    async with await anyio.open_process([sys.executable, "-c", KILLED], env=env, stderr=None) as killed:
-        assert (await killed.stdout.receive()).strip() == b"up"
-        killed.send_signal(signal.SIGKILL)
-    assert inventory.take(own.state_dir) != NOTHING
-    async with Runtime.open(own):
-        assert inventory.take(own.state_dir) == NOTHING
+    async with await anyio.open_process([sys.executable, "-c", SERVER, how], env=env, stderr=None) as server:
+        assert (await server.stdout.receive()).strip() == b"up"
+        if how == "killed":
+            server.send_signal(signal.SIGKILL)
+        await server.wait()
+
+
+@pytest.mark.parametrize("how", ["killed", "leave"])
+async def test_sandboxes_outlive_their_server_and_are_adopted_by_the_next(own, how):
+    await serve_and_go(own, how)
+    async with Runtime.open(own) as node:
+        assert set(await node.adopted()) == {f"vm-orphan{number}" for number in range(3)}
+        for number in range(3):
+            outcome = await node.execute(f"vm-orphan{number}", Command("print(x)", "python", 60))
+            assert outcome.stdout == f"{number}\n"
+        assert len(inventory.take(own.state_dir).homes) == 3, "spare machines of the old server are still there"
+    assert inventory.take(own.state_dir) == NOTHING
+
+
+async def test_a_machine_that_is_nobodys_or_dead_is_removed(own):
+    await serve_and_go(own, "killed")
+    folder = own.state_dir / "machines"
+    machines = inventory.running(folder)
+    taken = [name for name in machines if (folder / name / "sandbox.json").exists()]
+    (folder / taken[0] / "sandbox.json").write_text("{")
+    os.kill(machines[taken[1]], signal.SIGKILL)
+    async with Runtime.open(own) as node:
+        assert len(await node.adopted()) == 1
+        assert inventory.take(own.state_dir).homes == {taken[2]}
+    assert inventory.take(own.state_dir) == NOTHING
 
 
 async def test_a_foreign_process_is_never_taken_for_a_machine(own, tmp_path):

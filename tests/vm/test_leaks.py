@@ -19,7 +19,7 @@ def held():
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "namespaces": len(os.listdir("/run/netns")) if os.path.isdir("/run/netns") else 0,
         "interfaces": len(os.listdir("/sys/class/net")),
-        "temporary files": len(os.listdir("/tmp")),
+        "temporary files": sum("ivm" in name or "instavm" in name for name in os.listdir("/tmp")),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -11,7 +12,9 @@ import typer
 
 from instavm import limits
 from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment, language_of
+from instavm.client.explain import explain
 from instavm.client.results import Execution
+from instavm.client.streaming import StreamEvent
 
 STDIN: Final = "-"
 FAILED: Final = 1
@@ -25,7 +28,9 @@ def execute(
     *,
     language: Annotated[
         str | None,
-        typer.Option("--language", "-l", help="python, bash or sh. Else by the file's name (.py, .sh), else python."),
+        typer.Option(
+            "--language", "-l", help="python, bash, sh or javascript. Else by the file's name (.py, .sh), else python."
+        ),
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds the code may take, 1 to 600.")] = None,
     cpu: Annotated[int | None, typer.Option(help="vCPUs, 1 to 8.")] = None,
@@ -45,8 +50,11 @@ def execute(
         memory_mb=memory,
         env=environment(env or []),
     ) as vm:
-        result = vm.execute(text, language or by_name or "python", timeout)
-    _show(result, as_json)
+        if as_json:
+            result = vm.execute(text, language or by_name or "python", timeout)
+            print(json.dumps(result))
+        else:
+            result = _live(vm.stream(text, language or by_name or "python", timeout))
     raise typer.Exit(FAILED if result.exit_code is None else result.exit_code & 0xFF)
 
 
@@ -72,13 +80,18 @@ def _lifetime_s(timeout: float) -> int:
     return max(limits.LIFETIME_S_DEFAULT, int(timeout) + 60)
 
 
-def _show(result: Execution, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    sys.stdout.write(result.stdout)
-    sys.stdout.flush()
-    sys.stderr.write(result.stderr)
-    if result.truncated:
-        sys.stderr.write(f"[output cut at {limits.OUTPUT_BYTES} bytes]\n")
-    sys.stderr.flush()
+def _live(events: Iterator[StreamEvent]) -> Execution:
+    """Print what comes while it comes; the result."""
+    for event in events:
+        if event.type == "result":
+            result: Execution = event.result
+            if result.truncated:
+                sys.stderr.write("[instavm] some of the output is missing\n")
+            if result.reason is not None:
+                sys.stderr.write(f"[instavm] {explain(result)}\n")
+            return result
+        if event.type in ("stdout", "stderr"):
+            stream = sys.stdout if event.type == "stdout" else sys.stderr
+            stream.write(event.text)
+            stream.flush()
+    raise AssertionError("the last event is the result")

@@ -43,4 +43,4 @@ def environment(pairs: list[str]) -> dict[str, str]:
 
 def language_of(file: Path) -> str | None:
     """What a file's name says about its language, if anything."""
-    return {".py": "python", ".sh": "bash", ".bash": "bash"}.get(file.suffix)
+    return {".py": "python", ".sh": "bash", ".bash": "bash", ".js": "javascript"}.get(file.suffix)

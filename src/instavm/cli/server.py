@@ -12,10 +12,13 @@ from instavm.settings import Settings
 
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 8080,
     uds: Annotated[Path | None, typer.Option(help="Listen on this Unix socket instead, for this user only.")] = None,
 ) -> None:
-    """Serve the API until SIGTERM or Ctrl-C; every sandbox is ended then. API keys: `instavm key create`."""
+    """Serve the API until SIGTERM or Ctrl-C; every sandbox is ended then, unless INSTAVM_ON_SHUTDOWN=leave.
+
+    API keys: `instavm key create`. Its address is printed once it answers.
+    """
     from instavm import serve as server  # noqa: PLC0415 (the server's libraries are an extra)
     from instavm.control import listen  # noqa: PLC0415
 
@@ -23,5 +26,5 @@ def serve(
         listener = server.Listener(listen.on_socket(uds.absolute()), private=True)
     else:
         listener = server.Listener(listen.on_tcp(host, port), private=False)
-    print(f"InstaVM on {uds or f'http://{host}:{port}'}")
-    server.run(Settings(), listener)
+    where = uds or f"http://{host}:{listener.socket.getsockname()[1]}"
+    server.run(Settings(), listener, ready=lambda: print(f"InstaVM on {where}", flush=True))

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
+import anyio.to_thread
 
 from instavm import limits
 from instavm.client.binding import Binding
-from instavm.client.calls import executions, sessions, users
+from instavm.client.calls import executions, files, sessions, tasks, users
 from instavm.client.config import Config
-from instavm.client.results import Execution, Sandbox, SessionInfo, SessionStatus, SessionUsage, User
+from instavm.client.places import LocalPath, landing
+from instavm.client.results import (
+    AppUrl,
+    DownloadedFile,
+    Execution,
+    Sandbox,
+    SessionInfo,
+    SessionStatus,
+    SessionUsage,
+    Task,
+    TaskBegun,
+    UploadedFile,
+    User,
+)
+from instavm.client.streaming import Reader, StreamEvent, follow_async
 from instavm.client.transport import AsyncLink
 from instavm.errors import InstaVMError, SessionEnded, SessionError
 
@@ -51,6 +68,47 @@ class AsyncInstaVM(Binding):
     async def execute(self, code: str, language: str = "python", timeout: float | None = None) -> Execution:
         """As `InstaVM.execute`."""
         return await self._link.send(executions.execute(await self._session(), code, language, timeout))
+
+    async def execute_async(self, code: str, language: str = "python", timeout: float | None = None) -> TaskBegun:
+        """As `InstaVM.execute_async`."""
+        return await self._link.send(tasks.begin(await self._session(), code, language, timeout))
+
+    async def get_task_result(self, task_id: str, poll_interval: float = 1.0, timeout: float = 60.0) -> Task:
+        """As `InstaVM.get_task_result`."""
+        deadline = time.monotonic() + timeout
+        while not (task := await self._link.send(tasks.get(task_id)))["is_complete"]:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"task {task_id} has not ended after {timeout:g} s; it runs on")
+            await anyio.sleep(poll_interval)
+        return task
+
+    async def upload_file(self, file_path: LocalPath, remote_path: str) -> UploadedFile:
+        """As `InstaVM.upload_file`."""
+        call, around = files.upload(await self._session(), Path(file_path), remote_path)
+        with await anyio.to_thread.run_sync(Path(file_path).open, "rb") as file:
+            return await self._link.upload(call, around, file)
+
+    async def download_file(self, filename: str, local_path: LocalPath | None = None) -> DownloadedFile:
+        """As `InstaVM.download_file`."""
+        call = files.download(await self._session(), filename)
+        with landing(filename, local_path) as (file, result):
+            await self._link.download(call, file)
+        return result
+
+    async def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
+        """As `InstaVM.get_session_app_url`."""
+        return await self._link.send(sessions.app_url(session_id or await self._session(), port))
+
+    async def stream(
+        self, code: str, language: str = "python", timeout: float | None = None
+    ) -> AsyncIterator[StreamEvent]:
+        """As `InstaVM.stream`: `async for event in vm.stream(...)`."""
+        async for event in follow_async(self._link, Reader(await self._session(), code, language, timeout)):
+            yield event
+
+    async def cancel(self, execution_id: str) -> bool:
+        """As `InstaVM.cancel`."""
+        return await self._link.send(executions.cancel(execution_id))
 
     async def kill(self, session_id: str | None = None) -> None:
         """As `InstaVM.kill`."""

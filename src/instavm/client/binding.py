@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from instavm.client.config import Config
+from instavm.client.explain import explain
+from instavm.client.results import Execution
 
 
 class Binding:
@@ -19,6 +21,11 @@ class Binding:
     def __repr__(self) -> str:
         where = self._config.base_url or "embedded"
         return f"<{type(self).__name__} session {self.session_id} at {where}>"
+
+    @staticmethod
+    def explain(result: Execution) -> str:
+        """How `result` came to be, in one sentence, with what to do when something else than its own code ended it."""
+        return explain(result)
 
     def _bound(self, session_id: str) -> str:
         self.session_id, self._over = session_id, False

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+import base64
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+SVG: Final = "image/svg+xml"
+IMAGES: Final = {"image/png": "png", "image/jpeg": "jpg", SVG: "svg"}
 
 
 class Start(TypedDict):
@@ -41,8 +46,33 @@ class Execution(Record):
     timed_out: bool
     truncated: bool
     reason: str | None
+    signal: int | None
+    peak_memory_bytes: int
+    outputs: list[dict[str, Any]] | None
     vm_id: str | None
     timing: Start | None
+
+    def save_images(self, directory: str | Path) -> list[Path]:
+        """Write every image among the outputs to a file `output-<n>.<png|jpg|svg>`; the directory is made if need be.
+
+        Returns: the files, in the order in which they were shown.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for number, bundle in enumerate(self.get("outputs") or [], 1):
+            for mime, ending in IMAGES.items():
+                if isinstance(data := bundle.get(mime), str):
+                    file = folder / f"output-{number}.{ending}"
+                    file.write_bytes(data.encode() if mime == SVG else base64.b64decode(data))
+                    written.append(file)
+                    break
+        return written
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
+        """For notebooks: the last thing that was shown, with what was printed as its text."""
+        outputs = self.get("outputs") or [{}]
+        return {**outputs[-1], "text/plain": str(self)}
 
     def __str__(self) -> str:
         return str(self["stdout"]) + str(self["stderr"])
@@ -109,6 +139,70 @@ class Sandbox(Record):
     started_at: str
     end_at: str | None
     status: str
+
+
+class AppUrl(Record):
+    """Where a web server in the sandbox is reached."""
+
+    url: str
+    app_url: str
+    direct_url: str
+    vm_ip: str
+    port: int
+    vm_id: str
+    session_id: str
+    status: str
+    expires_in_seconds: int | None
+
+
+class TaskBegun(Record):
+    """Code that runs on by itself; `task_id` is what to ask for its result with."""
+
+    task_id: str
+    session_id: str
+    status: str
+    language: str
+    created_at: str
+
+
+class Task(Record):
+    """`status`: pending, running, completed, failed (exit code not 0), timeout, killed (it ended with its sandbox)."""
+
+    task_id: str
+    session_id: str
+    vm_id: str | None
+    status: str
+    is_complete: bool
+    language: str
+    exit_code: int | None
+    stdout: str
+    stderr: str
+    serialized_stdout: str
+    serialized_stderr: str
+    execution_time: float | None
+    cpu_time: float | None
+    truncated: bool
+    reason: str | None
+    created_at: str
+    finished_at: str | None
+
+
+class UploadedFile(Record):
+    """`remote_path`: where it lies now, absolute. `size` in bytes."""
+
+    status: str
+    remote_path: str
+    size: int
+
+
+class DownloadedFile(Record):
+    """With `content`, or with the `local_path` it was written to. `size` in bytes."""
+
+    status: str
+    filename: str
+    size: int
+    content: bytes
+    local_path: str
 
 
 class User(Record):

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from instavm import limits
 from instavm.client.binding import Binding
-from instavm.client.calls import executions, sessions, users
+from instavm.client.calls import executions, files, sessions, tasks, users
 from instavm.client.config import Config
-from instavm.client.results import Execution, Sandbox, SessionInfo, SessionStatus, SessionUsage, User
+from instavm.client.places import LocalPath, landing
+from instavm.client.results import (
+    AppUrl,
+    DownloadedFile,
+    Execution,
+    Sandbox,
+    SessionInfo,
+    SessionStatus,
+    SessionUsage,
+    Task,
+    TaskBegun,
+    UploadedFile,
+    User,
+)
+from instavm.client.streaming import Reader, StreamEvent, follow
 from instavm.client.transport import Link
 from instavm.errors import InstaVMError, SessionEnded, SessionError
 
@@ -70,6 +86,64 @@ class InstaVM(Binding):
             BootFailed, NoCapacity, HostNotReady; NetworkError.
         """
         return self._link.send(executions.execute(self._session(), code, language, timeout))
+
+    def execute_async(self, code: str, language: str = "python", timeout: float | None = None) -> TaskBegun:
+        """Let code run in this session without waiting for it; it ends by itself, with its timeout, or with the sandbox.
+
+        timeout: seconds, from 1; None = until the sandbox ends. Raises: as `execute`, but for what the code does.
+        """
+        return self._link.send(tasks.begin(self._session(), code, language, timeout))
+
+    def get_task_result(self, task_id: str, poll_interval: float = 1.0, timeout: float = 60.0) -> Task:
+        """Wait until a task has ended, asking every `poll_interval` seconds.
+
+        Raises: NotFound; TimeoutError after `timeout` seconds: the task runs on.
+        """
+        deadline = time.monotonic() + timeout
+        while not (task := self._link.send(tasks.get(task_id)))["is_complete"]:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"task {task_id} has not ended after {timeout:g} s; it runs on")
+            time.sleep(poll_interval)
+        return task
+
+    def upload_file(self, file_path: LocalPath, remote_path: str) -> UploadedFile:
+        """Put a local file into the sandbox, of any size; it is sent as it is read.
+
+        remote_path: relative ones start at /app; directories are made; one that ends in `/`, or is a directory, takes the
+            file under its own name. What was there is replaced once all of it has come.
+        Raises: FileNotFoundError (the local one); FileError, DiskFull; as `execute`.
+        """
+        call, around = files.upload(self._session(), Path(file_path), remote_path)
+        with Path(file_path).open("rb") as file:
+            return self._link.upload(call, around, file)
+
+    def download_file(self, filename: str, local_path: LocalPath | None = None) -> DownloadedFile:
+        """Fetch a file from the sandbox, of any size; it is written as it comes.
+
+        filename: relative ones start at /app. local_path: where to write it; None = its `content` is in the result.
+        Raises: FileMissing, FileError (a directory, a device); as `execute`.
+        """
+        call = files.download(self._session(), filename)
+        with landing(filename, local_path) as (file, result):
+            self._link.download(call, file)
+        return result
+
+    def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
+        """Where a web server on `port` of the sandbox is reached."""
+        return self._link.send(sessions.app_url(session_id or self._session(), port))
+
+    def stream(self, code: str, language: str = "python", timeout: float | None = None) -> Iterator[StreamEvent]:
+        """Run `code` and yield what it prints and shows while it runs; the last event has the `result`.
+
+        A connection that breaks is taken up again where it was: the code is sent once, and runs on meanwhile. Up to 4 MiB
+        wait for a reader; what did not fit is missing, and `truncated` is set in the result.
+        Arguments and errors are as in `execute`.
+        """
+        return follow(self._link, Reader(self._session(), code, language, timeout))
+
+    def cancel(self, execution_id: str) -> bool:
+        """Stop what `stream` runs, by the `execution_id` of its events. Returns: whether it was still running."""
+        return self._link.send(executions.cancel(execution_id))
 
     def kill(self, session_id: str | None = None) -> None:
         """End the sandbox and its session; nothing of it is left afterwards. Once more is fine."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import os
 import ssl
 import time
-from typing import Final, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from itertools import chain
+from typing import BinaryIO, Final, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
@@ -14,12 +18,14 @@ import anyio.to_thread
 import httpx
 
 from instavm.client.calls.base import Call
+from instavm.client.calls.files import Around
 from instavm.client.config import Config
 from instavm.client.embedded import Embedded
 from instavm.client.errors import from_answer
 from instavm.errors import NetworkError
 from instavm.settings import Settings
 from instavm.version import __version__
+from instavm.wire.files import RAW
 
 T = TypeVar("T")
 
@@ -30,6 +36,10 @@ LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=8, 
 """Connections stay open for as long as the client does: that also tells an embedded server that it is in use.
 """
 EMBEDDED_URL: Final = "http://embedded"
+EVENT_HEADERS: Final = {"Accept": "text/event-stream"}
+PIECE_BYTES: Final = 256 << 10
+"""How much of a file is in memory at one time."""
+RAW_HEADERS: Final = {"Accept": RAW}
 
 
 class Link:
@@ -50,6 +60,36 @@ class Link:
                     raise translated(exc, call) from exc
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+    def upload(self, call: Call[T], around: Around, file: BinaryIO) -> T:
+        """A call whose body is a form around a file, sent as it is read. Never repeated. Raises: as `send`."""
+        pieces = chain([around.head], iter(lambda: file.read(PIECE_BYTES), b""), [around.tail])
+        try:
+            connected = self._connected()
+            return _read(connected.send(_request(connected, call, pieces, _form_headers(around, file))), call)
+        except httpx.TransportError as exc:
+            raise translated(exc, call) from exc
+
+    def download(self, call: Call[bytes], file: BinaryIO) -> int:
+        """A call whose answer is written to `file` as it comes. Returns: its bytes. Raises: as `send`."""
+        try:
+            connected = self._connected()
+            response = connected.send(_request(connected, call, None, RAW_HEADERS), stream=True)
+            with closing(response):
+                if response.status_code >= 300:
+                    raise from_answer(response.status_code, response.read())
+                return sum(file.write(piece) for piece in response.iter_raw())
+        except httpx.TransportError as exc:
+            raise translated(exc, call) from exc
+
+    @contextmanager
+    def opened(self, call: Call[T]) -> Iterator[httpx.Response]:
+        """An answer that is read while it comes. Raises: what the server answered; httpx.TransportError."""
+        connected = self._connected()
+        with closing(connected.send(_request(connected, call, None, EVENT_HEADERS), stream=True)) as response:
+            if response.status_code >= 300:
+                raise from_answer(response.status_code, response.read())
+            yield response
 
     def close(self) -> None:
         if self._client is not None:
@@ -92,6 +132,48 @@ class AsyncLink:
                     raise translated(exc, call) from exc
                 await anyio.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+    async def upload(self, call: Call[T], around: Around, file: BinaryIO) -> T:
+        """As `Link.upload`; the file is read in a thread."""
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield around.head
+            while piece := await anyio.to_thread.run_sync(file.read, PIECE_BYTES):
+                yield piece
+            yield around.tail
+
+        try:
+            connected = await self._connected()
+            request = _request(connected, call, pieces(), _form_headers(around, file))
+            return _read(await connected.send(request), call)
+        except httpx.TransportError as exc:
+            raise translated(exc, call) from exc
+
+    async def download(self, call: Call[bytes], file: BinaryIO) -> int:
+        """As `Link.download`; the file is written in a thread."""
+        size = 0
+        try:
+            connected = await self._connected()
+            response = await connected.send(_request(connected, call, None, RAW_HEADERS), stream=True)
+            async with aclosing(response):
+                if response.status_code >= 300:
+                    raise from_answer(response.status_code, await response.aread())
+                async for piece in response.aiter_raw():
+                    size += await anyio.to_thread.run_sync(file.write, piece)
+        except httpx.TransportError as exc:
+            raise translated(exc, call) from exc
+        return size
+
+    @asynccontextmanager
+    async def opened(self, call: Call[T]) -> AsyncIterator[httpx.Response]:
+        """As `Link.opened`."""
+        connected = await self._connected()
+        async with aclosing(
+            await connected.send(_request(connected, call, None, EVENT_HEADERS), stream=True)
+        ) as response:
+            if response.status_code >= 300:
+                raise from_answer(response.status_code, await response.aread())
+            yield response
 
     async def aclose(self) -> None:
         if self._client is not None:
@@ -160,15 +242,26 @@ def _headers(config: Config) -> dict[str, str]:
     }
 
 
-def _request(connected: httpx.Client | httpx.AsyncClient, call: Call[T]) -> httpx.Request:
+def _request(
+    connected: httpx.Client | httpx.AsyncClient,
+    call: Call[T],
+    content: Iterable[bytes] | AsyncIterable[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> httpx.Request:
+    json_type = {"Content-Type": "application/json"} if call.body is not None else {}
     return connected.build_request(
         call.method,
         call.path,
-        content=call.body,
+        content=call.body if content is None else content,
         params=call.params or None,
-        headers={"Content-Type": "application/json"} if call.body is not None else None,
+        headers={**json_type, **(headers or {})},
         timeout=httpx.Timeout(CONNECT_S, read=call.answer_s, write=call.answer_s),
     )
+
+
+def _form_headers(around: Around, file: BinaryIO) -> dict[str, str]:
+    size = os.fstat(file.fileno()).st_size + len(around.head) + len(around.tail)
+    return {"Content-Type": around.content_type, "Content-Length": str(size)}
 
 
 def _read(response: httpx.Response, call: Call[T]) -> T:

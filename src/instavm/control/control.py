@@ -8,34 +8,70 @@ from dataclasses import dataclass
 
 import anyio
 
-from instavm.control.accounts import Authenticator
+from instavm.control.accounts import Authenticator, Keys
+from instavm.control.adoption import reconcile
 from instavm.control.executions import Executions
+from instavm.control.files import Files
 from instavm.control.node import Node
+from instavm.control.quotas import Policy, Quotas
+from instavm.control.repeats import Repeats
 from instavm.control.sessions import Sessions
 from instavm.control.store.database import Store
+from instavm.control.streams import Streams
+from instavm.control.tasks import Tasks
 from instavm.control.vms import Vms
 from instavm.sandbox import EndReason
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
+    node: Node
     accounts: Authenticator
+    keys: Keys
     vms: Vms
     sessions: Sessions
     executions: Executions
+    streams: Streams
+    tasks: Tasks
+    files: Files
+    repeats: Repeats
 
     async def stop(self) -> None:
         """End every sandbox, take no new one, and return when nothing is left. Twice is fine."""
         await self.vms.end_all(EndReason.SERVER_STOPPED)
 
+    async def leave(self) -> None:
+        """Take no new sandbox and let go of those that are up: they live on until the next server adopts them."""
+        await self.node.leave()
+        await self.vms.leave_all()
+
 
 @asynccontextmanager
-async def open_control(node: Node, store: Store, accounts: Authenticator) -> AsyncIterator[Control]:
-    """The owner of every sandbox's task: leaving it ends all of them and waits."""
+async def open_control(
+    node: Node, store: Store, accounts: Authenticator, policy: Policy | None = None
+) -> AsyncIterator[Control]:
+    """The owner of every sandbox's task: leaving it ends all of them that were not left, and waits.
+
+    What an earlier server left is adopted or ended before this returns.
+    """
     async with anyio.create_task_group() as tasks:
         vms = Vms(node, store.sessions, tasks)
-        sessions = Sessions(store, vms)
-        control = Control(accounts, vms, sessions, Executions(node, sessions))
+        sessions = Sessions(store, vms, Quotas(policy or Policy(), vms, node.memory))
+        executions = Executions(node, sessions)
+        control = Control(
+            node=node,
+            accounts=accounts,
+            keys=Keys(store.accounts),
+            vms=vms,
+            sessions=sessions,
+            executions=executions,
+            streams=Streams(executions, tasks),
+            tasks=Tasks(store, sessions, executions, tasks),
+            files=Files(node, sessions),
+            repeats=Repeats(store.repeats),
+        )
+        await reconcile(node, store, sessions)
+        await control.tasks.take_up()
         try:
             yield control
         finally:

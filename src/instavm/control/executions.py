@@ -13,12 +13,14 @@ from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
 from instavm.control.vms import Vm
 from instavm.errors import OutcomeUnknown, SessionEnded
-from instavm.sandbox import Command, EndReason, Outcome, Started
+from instavm.sandbox import Command, EndReason, Outcome, OutputSink, Started
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
 
 LAST_SECOND_S: Final = 1.0
 """A command without a timeout is stopped this long before the lifetime ends, to save its output."""
+REJOIN_S: Final = 31 * 86_400.0
+"""A task that is waited for again has its timeout in the sandbox already; this one only must not come before it."""
 ATTEMPTS: Final = 3
 """How often a sandbox may turn out to be gone before a command was sent to it."""
 
@@ -38,8 +40,12 @@ class Executions:
         self._node = node
         self._sessions = sessions
 
-    async def execute(self, tenant: Tenant, ask: Execute) -> Ran:
-        """Run one command to its end.
+    async def execute(
+        self, tenant: Tenant, ask: Execute, on_output: OutputSink | None = None, *, task: str | None = None
+    ) -> Ran:
+        """Run one command to its end. `on_output` sees each piece of output as it arrives.
+
+        task: the sandbox keeps what becomes of it under this name, see `rejoin`.
 
         It is sent to at most one sandbox: one that is lost before the command went out is replaced, one that
         is lost afterwards is not.
@@ -51,26 +57,36 @@ class Executions:
             session = await self._sessions.get(tenant, ask.session_id)
         for _ in range(ATTEMPTS):
             vm = await self._sessions.ready(session)
-            outcome = await self._run(session, vm, ask)
+            outcome = await self._run(session, vm, ask, on_output, task)
             if outcome is not None:
                 self._sessions.count(session, outcome.execution_time_s, outcome.cpu_time_s)
                 return Ran(session.id, vm.id, outcome, _tell_start(vm))
         raise OutcomeUnknown(f"session {session.id} lost its sandbox {ATTEMPTS} times before the code could be sent")
 
-    async def _run(self, session: Session, vm: Vm, ask: Execute) -> Outcome | None:
-        """Returns: None when the sandbox was gone before the command was sent."""
-        if ask.language != "python":
-            return await self._send(session, vm, ask)
-        async with vm.python:
-            return await self._send(session, vm, ask)
+    async def rejoin(self, session: Session, vm: Vm, language: str, task: str) -> Outcome | None:
+        """Wait for a task that an earlier server began in this sandbox. Raises: ExecutionError, if it did not."""
+        ask = Execute.model_construct(command="", session_id=session.id, language=language, timeout=REJOIN_S)
+        return await self._run(session, vm, ask, None, task)
 
-    async def _send(self, session: Session, vm: Vm, ask: Execute) -> Outcome | None:
+    async def _run(
+        self, session: Session, vm: Vm, ask: Execute, on_output: OutputSink | None, task: str | None
+    ) -> Outcome | None:
+        """Returns: None when the sandbox was gone before the command was sent."""
+        turn = {"python": vm.python, "javascript": vm.javascript}.get(ask.language)
+        if turn is None:
+            return await self._send(session, vm, ask, on_output, task)
+        async with turn:
+            return await self._send(session, vm, ask, on_output, task)
+
+    async def _send(
+        self, session: Session, vm: Vm, ask: Execute, on_output: OutputSink | None, task: str | None
+    ) -> Outcome | None:
         if not vm.usable:
             return None
         with anyio.CancelScope() as scope:
             vm.running.add(scope)
             try:
-                return await self._node.execute(vm.id, _command(vm, ask))
+                return await self._node.execute(vm.id, _command(vm, ask, task), on_output)
             except SessionEnded:
                 vm.ask_end(EndReason.NODE_LOST, "the node does not know it")
                 return None
@@ -81,8 +97,8 @@ class Executions:
         raise await _lost(session, vm, "it ended")
 
 
-def _command(vm: Vm, ask: Execute) -> Command:
-    return Command(ask.command, ask.language, _timeout_s(vm, ask.timeout))
+def _command(vm: Vm, ask: Execute, task: str | None) -> Command:
+    return Command(ask.command, ask.language, _timeout_s(vm, ask.timeout), task=task)
 
 
 def _timeout_s(vm: Vm, asked: float | None) -> float:

@@ -23,6 +23,10 @@ def new_vm_id() -> str:
     return "vm-" + "".join(secrets.choice(ALPHABET) for _ in range(VM_ID_LENGTH))
 
 
+def new_task_id() -> str:
+    return "tsk_" + secrets.token_hex(12)
+
+
 def new_key() -> str:
     """An API key with 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(32)

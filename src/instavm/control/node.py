@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Protocol
 
-from instavm.sandbox import Command, Ended, NodeInfo, Outcome, OutputSink, SandboxSpec, Started
+from instavm.sandbox import (
+    Command,
+    Ended,
+    HostMemory,
+    NodeInfo,
+    Outcome,
+    OutputSink,
+    SandboxSpec,
+    Started,
+    StoredFile,
+)
 
 
 class Node(Protocol):
@@ -29,6 +39,38 @@ class Node(Protocol):
 
     def on_end(self, callback: Callable[[Ended], None]) -> None:
         """Be told, on the event loop, of every sandbox that ends without `stop`."""
+        ...
+
+    async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+        """Write a file, all or nothing, with no more of it in memory than a fixed window.
+
+        path: relative ones start at /app; missing directories are made; one that ends in `/` or names a directory
+        gets `name`, which is one path component.
+        Raises: FileError, DiskFull (the sandbox's disk), SessionEnded, OutcomeUnknown; what `chunks` raises.
+        """
+        ...
+
+    def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        """A file's bytes, in pieces, read no faster than they are taken.
+
+        Raises, before the first piece where it can: FileMissing, FileError, SessionEnded, OutcomeUnknown.
+        """
+        ...
+
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
+        """Variables for everything that starts in this sandbox from now on. Raises: as `put_file`."""
+        ...
+
+    async def adopted(self) -> Mapping[str, Started]:
+        """Sandboxes that an earlier server started and that live on here, by id. Asked once, before any `start`."""
+        ...
+
+    async def leave(self) -> None:
+        """The server goes, its sandboxes shall stay: from now on closing the node ends none of them."""
+        ...
+
+    def memory(self) -> HostMemory:
+        """As the host tells it now. Quick: it is asked before every start."""
         ...
 
     async def info(self) -> NodeInfo: ...

@@ -14,13 +14,15 @@ from typing import Any, Final
 
 from instavm.control.ids import new_session_id
 from instavm.control.lifecycle import State
+from instavm.control.quotas import Quotas
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, Usage, VmRow
 from instavm.control.vms import Vm, Vms
-from instavm.errors import SessionEnded, SessionNotFound
-from instavm.sandbox import EndReason
+from instavm.errors import NotFound, SessionEnded, SessionNotFound
+from instavm.sandbox import EndReason, Started
 from instavm.wire.sessions import CreateSession
+from instavm.wire.vms import CreateVm
 
 REMEMBERED: Final = 10_000
 """Open sessions without a sandbox whose `env` is kept in memory for a new one; of more, the oldest go."""
@@ -34,6 +36,8 @@ class Session:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     vm: Vm | None = None
     past: VmRow | None = None
+    tenant: Tenant | None = None
+    """Whose it is, as the latest caller was known."""
 
     @property
     def id(self) -> str:
@@ -67,16 +71,24 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, store: Store, vms: Vms) -> None:
+    def __init__(self, store: Store, vms: Vms, quotas: Quotas) -> None:
         self._store = store
         self._rows = store.sessions
         self._vms = vms
+        self._quotas = quotas
         self._known: dict[str, Session] = {}
 
-    async def create(self, tenant: Tenant, ask: CreateSession) -> Session:
-        """Make a session, let its sandbox begin to boot, and return as soon as both are recorded."""
+    async def create(self, tenant: Tenant, ask: CreateSession | CreateVm, session_id: str | None = None) -> Session:
+        """Make a session, let its sandbox begin to boot, and return as soon as both are recorded.
+
+        session_id: set aside for it; when a server that is no more has made it already, it is that one.
+        Raises: ForbiddenError, QuotaExceededError, NoCapacity; then nothing was made.
+        """
+        if session_id is not None and (made := await self._recall(session_id)) is not None:
+            return made
+        self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, ask.vm_lifetime_seconds)
         row = SessionRow(
-            id=new_session_id(),
+            id=session_id or new_session_id(),
             tenant_id=tenant.id,
             created_at=datetime.now(UTC),
             closed_at=None,
@@ -86,8 +98,9 @@ class Sessions:
             image="default",
             metadata=ask.metadata,
             env_keys=tuple(sorted(ask.env)),
+            options=ask.options() if isinstance(ask, CreateVm) else {},
         )
-        session = Session(row, ask.env)
+        session = Session(row, ask.env, tenant=tenant)
         self._rows.add(row)
         self._remember(session)
         session.vm = self._vms.spawn(row, ask.env)
@@ -99,7 +112,48 @@ class Sessions:
         session = self._known.get(_canonical(session_id)) or await self._recall(_canonical(session_id))
         if session is None or session.row.tenant_id != tenant.id:
             raise SessionNotFound(f"there is no session {session_id[:80]}")
+        session.tenant = tenant
         return session
+
+    async def of_vm(self, tenant: Tenant, vm_id: str) -> tuple[Session, VmRow]:
+        """A sandbox of this tenant, up or long gone, with its session. Raises: NotFound."""
+        vm = self._vms.get(vm_id)
+        if vm is not None and vm.tenant_id == tenant.id:
+            return await self.get(tenant, vm.session_id), vm.row()
+        found = await self._rows.by_vm(vm_id)
+        if found is None or found[0].tenant_id != tenant.id:
+            raise NotFound(f"there is no VM {vm_id[:80]}")
+        return await self.get(tenant, found[0].id), found[1]
+
+    async def all_vms(self, tenant: Tenant, limit: int) -> list[tuple[SessionRow, VmRow]]:
+        """Every sandbox a tenant ever had, newest first."""
+        return await self._rows.vms_of(tenant.id, limit)
+
+    async def relabel(self, session: Session, metadata: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
+        """Replace the metadata (None = leave it) and set options; recorded when it returns."""
+        kept = session.row.metadata if metadata is None else metadata
+        session.row = replace(session.row, metadata=kept, options={**session.row.options, **options})
+        await self._store.journal.written(self._rows.relabel(session.row))
+
+    def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
+        """A sandbox of an earlier server lives on. Its variables are in there; for another one they are lost."""
+        session = Session(row)
+        session.vm = self._vms.adopt(row, vm, started)
+        self._remember(session)
+
+    def adopted(self, session_id: str) -> Session | None:
+        """A session whose sandbox was adopted."""
+        session = self._known.get(session_id)
+        return session if session is not None and session.vm is not None else None
+
+    def begin(self, session: Session) -> Vm:
+        """The session's sandbox, up or coming up; a new one when the last one ended.
+
+        Raises: SessionEnded (killed); QuotaExceededError, NoCapacity.
+        """
+        self._refuse_closed(session)
+        vm = session.vm
+        return self._respawn(session) if vm is None or not vm.usable else vm
 
     async def ready(self, session: Session) -> Vm:
         """The session's sandbox, ready for code. Starts a new one when the last one ended and nobody killed
@@ -107,10 +161,7 @@ class Sessions:
 
         Raises: SessionEnded (killed); BootFailed, NoCapacity, HostNotReady, DiskFull.
         """
-        self._refuse_closed(session)
-        vm = session.vm
-        if vm is None or not vm.usable:
-            vm = self._respawn(session)
+        vm = self.begin(session)
         await vm.settled.wait()
         self._refuse_closed(session)
         if vm.error is not None:
@@ -153,7 +204,10 @@ class Sessions:
         if session.vm is not None:
             usage = replace(session.row.usage, vm_seconds=session.usage().vm_seconds)
             session.row = replace(session.row, usage=usage)
-        session.vm = self._vms.spawn(session.row, session.env)
+        row = session.row
+        if session.tenant is not None:
+            self._quotas.admit(session.tenant, row.vcpus, row.memory_mib, row.lifetime_s)
+        session.vm = self._vms.spawn(row, session.env)
         self._remember(session)
         return session.vm
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -34,6 +34,7 @@ class Vm:
 
     spec: SandboxSpec
     session_id: str
+    tenant_id: str
     lifetime_s: float
     created_at: datetime
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
@@ -49,10 +50,13 @@ class Vm:
     gone: anyio.Event = field(default_factory=anyio.Event)
     python: anyio.Lock = field(default_factory=anyio.Lock)
     """One interpreter, so one Python command at a time; the others wait their turn."""
+    javascript: anyio.Lock = field(default_factory=anyio.Lock)
+    """The same for JavaScript."""
     running: set[anyio.CancelScope] = field(default_factory=set)
     """Commands in flight; cancelled when the sandbox is gone and the node has not ended them itself."""
     start_told: bool = False
     boot: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     asked: anyio.Event = field(default_factory=anyio.Event)
     asked_why: EndReason | None = None
     asked_detail: str | None = None
@@ -109,17 +113,49 @@ class Vms:
         self._tasks = tasks
         self._live: dict[str, Vm] = {}
         self._stopping = False
+        self._leaving = False
         node.on_end(self._ended)
 
     def __len__(self) -> int:
         return len(self._live)
+
+    def live(self) -> Iterable[Vm]:
+        """Every sandbox of which something is still there."""
+        return self._live.values()
+
+    def get(self, vm_id: str) -> Vm | None:
+        return self._live.get(vm_id)
+
+    async def stage_env(self, vm: Vm, env: Mapping[str, str]) -> None:
+        """Variables for everything that starts in it from now on. Values go to the guest and stay nowhere else."""
+        await self._node.stage_env(vm.id, env)
+
+    def next_end_s(self) -> float | None:
+        """Seconds until the first lifetime runs out, if any sandbox is up; nobody knows who is killed before."""
+        return min((left for vm in self._live.values() if (left := vm.remaining_s()) is not None), default=None)
+
+    def adopt(self, session: SessionRow, row: VmRow, started: Started) -> Vm:
+        """Take over a sandbox that an earlier server started. Across servers only the wall clock goes on."""
+        spec = SandboxSpec(row.id, session.vcpus, session.memory_mib, session.image)
+        vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, row.created_at)
+        vm.started, vm.started_at = started, row.started_at or row.created_at
+        vm.up_since = time.monotonic() - max(0.0, (datetime.now(UTC) - vm.started_at).total_seconds())
+        vm.start_told = True
+        self._live[vm.id] = vm
+        if row.state is State.CREATING:  # the last server was killed before it could write that it is up
+            self._move(vm, State.ACTIVE)
+        else:
+            vm.lifecycle = Lifecycle(State.ACTIVE)
+        vm.settled.set()
+        self._tasks.start_soon(self._life, vm, name=vm.id)
+        return vm
 
     def spawn(self, session: SessionRow, env: Mapping[str, str]) -> Vm:
         """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops."""
         if self._stopping:
             raise HostNotReady("the server is stopping; start it again and repeat the call")
         spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
-        vm = Vm(spec, session.id, session.lifetime_s, datetime.now(UTC))
+        vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC))
         self._live[vm.id] = vm
         self._rows.add_vm(vm.row())
         self._tasks.start_soon(self._life, vm, name=vm.id)
@@ -133,6 +169,17 @@ class Vms:
         for vm in list(self._live.values()):
             await vm.gone.wait()
 
+    async def leave_all(self) -> None:
+        """Let go of every sandbox that is up, for the next server to adopt; end those that are coming up or going down."""
+        self._stopping = self._leaving = True
+        for vm in list(self._live.values()):
+            if vm.lifecycle.state is State.ACTIVE and vm.usable:
+                vm.life.cancel()
+            else:
+                vm.ask_end(EndReason.SERVER_STOPPED)
+        for vm in list(self._live.values()):
+            await vm.gone.wait()
+
     def _ended(self, ended: Ended) -> None:
         vm = self._live.get(ended.vm_id)
         if vm is not None:
@@ -140,16 +187,27 @@ class Vms:
 
     async def _life(self, vm: Vm) -> None:
         try:
-            if await self._boot(vm):
-                with anyio.move_on_after(vm.lifetime_s):
-                    await vm.asked.wait()
-                vm.ask_end(EndReason.LIFETIME)
-            self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
+            with vm.life:
+                if vm.started is not None or await self._boot(vm):
+                    with anyio.move_on_after(vm.remaining_s()):
+                        await vm.asked.wait()
+                    vm.ask_end(EndReason.LIFETIME)
+                self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
         except Exception:
             log.exception("the task of %s failed", vm.id)
         finally:
             with anyio.CancelScope(shield=True):
-                await self._remove(vm)
+                if vm.life.cancelled_caught and self._leaving:
+                    self._let_go(vm)
+                else:
+                    await self._remove(vm)
+
+    def _let_go(self, vm: Vm) -> None:
+        """It lives on, without us."""
+        del self._live[vm.id]
+        vm.gone.set()
+        for scope in vm.running:
+            scope.cancel()
 
     async def _boot(self, vm: Vm) -> bool:
         """Returns: whether it is active now; if not, somebody asked for its end or the boot itself did."""

@@ -6,6 +6,8 @@ The guest is hostile: what it sends is checked, counted and bounded.
 from __future__ import annotations
 
 import itertools
+import re
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,14 +16,18 @@ import anyio
 from anyio.abc import ByteStream
 
 from instavm import limits
-from instavm.errors import ExecutionError, GuestProtocolError, OutcomeUnknown
-from instavm.sandbox import Command, Outcome, OutputSink, Stream
+from instavm.errors import ExecutionError, GuestProtocolError, InstaVMError, OutcomeUnknown
+from instavm.sandbox import Bundle, Command, Outcome, OutputSink, Stream
 from instavm_guest import frames
 
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
 SECONDS_MAX = 1e9
+KIB_MAX = 1 << 40
+SIGNAL_MAX = 64
+MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
+SYNC_AGAIN_S = 0.5
 REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
 
 
@@ -55,6 +61,41 @@ class Capture:
             self.left_out += over
 
 
+class Outputs:
+    """The rich outputs of a result: as many as limits allow, however many a guest sends."""
+
+    def __init__(self) -> None:
+        self.kept: list[Bundle] = []
+        self.left_out = False
+        self.latest: bytes | None = None
+        """The output that the last piece has completed, if it did and is kept."""
+        self._partial = bytearray()
+        self._dropping = False
+        self._size = 0
+
+    def add(self, piece: bytes) -> None:
+        """Raises FrameError: what is complete now is no bundle."""
+        self.latest = None
+        if not self._dropping:
+            self._partial += piece[1:]
+        if len(self.kept) >= limits.OUTPUTS_MAX or self._size + len(self._partial) > limits.OUTPUTS_BYTES:
+            self._dropping = self.left_out = True
+            self._partial.clear()
+        if piece[:1] == b"\1":
+            if not self._dropping:
+                self._keep(bytes(self._partial))
+            self._partial.clear()
+            self._dropping = False
+
+    def _keep(self, data: bytes) -> None:
+        bundle = frames.decode_json(data)
+        if not all(MIME.fullmatch(mime) for mime in bundle):
+            raise frames.FrameError("an output's type is not a MIME type")
+        self.kept.append(bundle)
+        self._size += len(data)
+        self.latest = data
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     protocol: int
@@ -62,12 +103,15 @@ class Hello:
     kernel: str
 
 
-class _Request:
+class Request:
+    """Something asked of the guest, until it is answered."""
+
     def __init__(self, on_output: OutputSink | None) -> None:
         self.done = anyio.Event()
         self.answer: dict[str, object] | None = None
         self.error: Exception | None = None
         self.captures: dict[Stream, Capture] = {"stdout": Capture(), "stderr": Capture()}
+        self.outputs = Outputs()
         self._on_output = on_output
 
     def output(self, stream: Stream, data: bytes) -> None:
@@ -75,8 +119,25 @@ class _Request:
         if self._on_output is not None:
             self._on_output(stream, data)
 
+    def rich(self, payload: bytes) -> None:
+        """A piece of a rich output. Raises FrameError: it is no output."""
+        self.outputs.add(payload)
+        if self._on_output is not None and self.outputs.latest is not None:
+            self._on_output("output", self.outputs.latest)
+
+    def file(self, kind: int, payload: bytes) -> None:
+        """A frame about a file. Raises FrameError: this request has none."""
+        raise frames.FrameError(f"kind {kind} answers a request that is not about a file")
+
+    def refusal(self, told: frames.Message) -> InstaVMError:
+        """What it means that the guest could not carry it out."""
+        return ExecutionError(f"the guest's agent: {str(told.get('message'))[:500]}")
+
     def fail(self, error: Exception) -> None:
         self.error = error
+        self.end()
+
+    def end(self) -> None:
         self.done.set()
 
 
@@ -86,8 +147,9 @@ class Agent:
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
         self._decoder = frames.Decoder(frames.FROM_GUEST, frames.GUEST_PAYLOAD_MAX)
-        self._numbers = itertools.count(1)
-        self._pending: dict[int, _Request] = {}
+        # Not from 1: a guest that outlived another server may still be busy with requests of that one.
+        self._numbers = itertools.count(secrets.randbelow(1 << 30) + 1)
+        self._pending: dict[int, Request] = {}
         self._hello = anyio.Event()
         self._hello_text: dict[str, object] = {}
         self._lost: Exception | None = None
@@ -107,6 +169,31 @@ class Agent:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._stream.aclose()
+
+    async def aclose(self) -> None:
+        """Hang up; `run` returns. Twice is fine."""
+        await self._stream.aclose()
+
+    async def sync(self, timeout_s: float) -> None:
+        """Take up the line to an agent that another server talked to; before `run`. Raises TimeoutError, OutcomeUnknown.
+
+        What the guest had half-sent is read over: bytes count again from its answer to a token made for this moment.
+        """
+        token = secrets.token_hex(16)
+        answer = frames.encode(frames.SYNCED, 0, token.encode())
+        seen = b""
+        try:
+            with anyio.fail_after(timeout_s):
+                while answer not in seen:
+                    await self._stream.send(frames.encode_json(frames.SYNC, 0, {"token": token}))
+                    with anyio.move_on_after(SYNC_AGAIN_S):
+                        while answer not in seen:
+                            seen = seen[-len(answer) :] + await self._stream.receive(RECEIVE_BYTES)
+        except (anyio.EndOfStream, anyio.BrokenResourceError):
+            raise OutcomeUnknown("the sandbox was lost") from None
+        behind = seen.partition(answer)[2]
+        for kind, request, payload in self._decoder.feed(behind):
+            self._take(kind, request, payload)
 
     async def hello(self, timeout_s: float) -> Hello:
         """The agent's first word after a cold boot. Raises TimeoutError, GuestProtocolError, OutcomeUnknown."""
@@ -134,6 +221,35 @@ class Agent:
         """Make this clone someone of its own. Nothing may run in it before this has returned."""
         await self._ask(frames.IDENTIFY, identity, None)
 
+    async def stage_env(self, env: dict[str, str]) -> None:
+        """Variables for everything that starts from now on. Raises as `execute`."""
+        await self._ask(frames.STAGE_ENV, {"env": env}, None)
+
+    @asynccontextmanager
+    async def exchange(self, request: Request) -> AsyncIterator[int]:
+        """A number for a request of more than one frame; what has not ended with the block is cancelled.
+
+        Raises: as `execute`.
+        """
+        if self._lost is not None:
+            raise self._lost
+        number = next(self._numbers)
+        self._pending[number] = request
+        try:
+            yield number
+        finally:
+            del self._pending[number]
+            if not request.done.is_set() and self._lost is None:
+                await self._cancel(number)
+
+    async def send(self, kind: int, number: int, payload: bytes) -> None:
+        """One frame of an exchange. Raises OutcomeUnknown when the line is gone."""
+        try:
+            async with self._sending:
+                await self._stream.send(frames.encode(kind, number, payload))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            raise OutcomeUnknown("the sandbox was lost on the way") from None
+
     async def execute(self, command: Command, on_output: OutputSink | None = None) -> Outcome:
         """Raises OutcomeUnknown, GuestProtocolError, ExecutionError."""
         message: dict[str, object] = {
@@ -142,6 +258,8 @@ class Agent:
             "timeout": command.timeout_s,
             "env": dict(command.env),
         }
+        if command.task is not None:
+            message["task"] = command.task
         try:
             with anyio.fail_after(command.timeout_s + ANSWER_GRACE_S):
                 request = await self._ask(frames.EXECUTE, message, on_output)
@@ -149,11 +267,11 @@ class Agent:
             raise OutcomeUnknown("the guest's agent does not answer any more; the command may have run") from None
         return _outcome(request)
 
-    async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> _Request:
+    async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> Request:
         if self._lost is not None:
             raise self._lost
         number = next(self._numbers)
-        request = self._pending[number] = _Request(on_output)
+        request = self._pending[number] = Request(on_output)
         try:
             async with self._sending:
                 await self._stream.send(frames.encode_json(kind, number, message))
@@ -161,7 +279,8 @@ class Agent:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             raise OutcomeUnknown("the sandbox was lost while the command was sent") from None
         except anyio.get_cancelled_exc_class():
-            await self._cancel(number)
+            if "task" not in message:  # a task goes on without us
+                await self._cancel(number)
             raise
         finally:
             del self._pending[number]
@@ -182,6 +301,8 @@ class Agent:
         if kind == frames.HELLO:
             self._greeted(frames.decode_json(payload))
             return
+        if kind == frames.SYNCED:
+            return  # an answer to a token that was sent twice
         request = self._pending.get(number)
         if request is None:
             return  # an answer that nobody waits for any more
@@ -189,12 +310,15 @@ class Agent:
             request.output("stdout", payload)
         elif kind == frames.STDERR:
             request.output("stderr", payload)
+        elif kind == frames.OUTPUT:
+            request.rich(payload)
         elif kind == frames.DONE:
             request.answer = frames.decode_json(payload)
-            request.done.set()
+            request.end()
+        elif kind == frames.FAILED:
+            request.fail(request.refusal(frames.decode_json(payload)))
         else:
-            told = frames.decode_json(payload)
-            request.fail(ExecutionError(f"the guest's agent: {str(told.get('message'))[:500]}"))
+            request.file(kind, payload)
 
     def _greeted(self, text: dict[str, object]) -> None:
         if self._hello.is_set():  # a second agent: the first one died, and with it all that ran
@@ -226,7 +350,7 @@ async def connected(stream: ByteStream) -> AsyncIterator[Agent]:
         raise raised
 
 
-def _outcome(request: _Request) -> Outcome:
+def _outcome(request: Request) -> Outcome:
     answer = request.answer
     if answer is None:
         raise GuestProtocolError("the guest ended a request without an answer")
@@ -239,6 +363,8 @@ def _outcome(request: _Request) -> Outcome:
     stderr = err.text()
     if reason in _EXPLAINED:
         stderr += _EXPLAINED[str(reason)]
+    if answer.get("restarted") and reason != "interpreter_crashed":
+        stderr += _EXPLAINED["interpreter_crashed"]
     return Outcome(
         stdout=out.text(),
         stderr=stderr,
@@ -246,16 +372,34 @@ def _outcome(request: _Request) -> Outcome:
         execution_time_s=_seconds(answer.get("wall")),
         cpu_time_s=_seconds(answer.get("cpu")),
         timed_out=reason == "timeout",
-        truncated=bool(out.left_out or err.left_out),
+        truncated=bool(out.left_out or err.left_out or request.outputs.left_out or answer.get("cut")),
         reason=None if reason is None else str(reason),
+        signal=_signal(answer.get("signal")),
+        peak_memory_bytes=_kib(answer.get("peak_kib", 0)) << 10,
+        outputs=tuple(request.outputs.kept),
     )
 
 
 _EXPLAINED = {
     "timeout": "[instavm] timed out: the command was stopped\n",
     "cancelled": "[instavm] cancelled\n",
-    "interpreter_crashed": "[instavm] the Python interpreter ended; its variables are gone, files are kept\n",
+    "oom": "[instavm] out of memory: the kernel ended what used most of it\n",
+    "pids": "[instavm] too many processes: the sandbox's limit was reached\n",
+    "disk_full": "[instavm] the sandbox's disk is full\n",
+    "interpreter_crashed": "[instavm] the interpreter ended; its variables are gone, files are kept\n",
 }
+
+
+def _signal(value: object) -> int | None:
+    if value is not None and not (isinstance(value, int) and 0 < value <= SIGNAL_MAX):
+        raise GuestProtocolError(f"the guest's signal is {str(value)[:40]}")
+    return value
+
+
+def _kib(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < KIB_MAX:
+        raise GuestProtocolError(f"the guest's memory is {str(value)[:40]}")
+    return value
 
 
 def _seconds(value: object) -> float:

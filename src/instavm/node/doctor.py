@@ -12,6 +12,7 @@ from instavm.errors import InstaVMError
 from instavm.node.images.store import ImageStore
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.vmm import choose, qemu
+from instavm.sandbox import HostMemory
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}
@@ -27,6 +28,13 @@ class Check:
 
 def host_memory_mib() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def host_memory() -> HostMemory:
+    """What the kernel says now (/proc/meminfo)."""
+    said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(said[name].split()[0]) >> 10 for name in ("MemTotal", "MemAvailable"))
+    return HostMemory(total, available)
 
 
 def checks(settings: Settings) -> Iterator[Check]:

@@ -40,11 +40,29 @@ def vmm_processes(folder: Path) -> Iterator[psutil.Process]:
             continue
 
 
-def clear(state_dir: Path) -> list[int]:
-    """End what a server that was killed left behind; the pids ended. Only with the state directory's lock held."""
+def running(folder: Path) -> dict[str, int]:
+    """Machines under `folder` that run: name → pid."""
+    found = {}
+    for process in vmm_processes(folder):
+        try:
+            place = next(argument for argument in process.cmdline() if f"{folder}/" in argument)
+        except (psutil.NoSuchProcess, StopIteration):
+            continue
+        found[place.partition(f"{folder}/")[2].partition("/")[0]] = process.pid
+    return found
+
+
+def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
+    """End the machines and remove the folders that a killed server left behind, except `keep`; the pids ended.
+
+    Only with the state directory's lock held.
+    """
     folder = state_dir / "machines"
+    spared = {pid for name, pid in running(folder).items() if name in keep}
     ended = []
     for process in vmm_processes(folder):
+        if process.pid in spared:
+            continue
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
@@ -60,5 +78,6 @@ def clear(state_dir: Path) -> list[int]:
             os.close(pidfd)
     if folder.is_dir():
         for home in folder.iterdir():
-            shutil.rmtree(home, ignore_errors=True)
+            if home.name not in keep:
+                shutil.rmtree(home, ignore_errors=True)
     return ended

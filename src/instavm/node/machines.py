@@ -1,105 +1,223 @@
-"""Machines made ahead of time: VMM processes with overlay and sockets that wait for a template's state.
+"""Machines made ahead of time, in two stages, and machines that an earlier server left running.
 
-Nothing of a guest runs in a spare one, and none of its memory is read yet. One loop per template compares how many
-there are with how many there should be.
+A *spare* machine is a VMM process with overlay and sockets that waits for a template's state; nothing of a guest runs in it.
+A *warm* one has been restored, has run once through everything that a first command takes, and is paused; it becomes
+somebody only when it is taken. One loop per template compares how many there are with how many there should be.
 """
 
 from __future__ import annotations
 
 import errno
+import json
+import logging
+import math
 import secrets
 import shutil
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import anyio
-from anyio.abc import ByteStream
+import anyio.abc
 
-from instavm.errors import DiskFull
+from instavm.errors import DiskFull, InstaVMError
+from instavm.node import identity
+from instavm.node.agent import Agent
 from instavm.node.templates import Template
 from instavm.node.vmm.base import Driver, Machine
+from instavm.sandbox import Command
+
+log = logging.getLogger(__name__)
 
 FREE_BYTES_MIN = 512 << 20
 """No sandbox is started when the disk has less left than this."""
+WARM_MIB = 64
+"""What a warm machine is taken to cost in the host's memory; measured in docs/performance.md."""
+REHEARSAL = (Command("print(1)", "python", 20), Command("print(1)", "python", 20))
+DEMAND_MEMORY_S = 60.0
+"""Over how long the demand for a template is averaged; unused for a few times as long, its warm machines go."""
+ADOPT_S = 8.0
+RECORD = "sandbox.json"
+
+Stage = Literal["machine", "spare_machine", "warm_machine"]
 
 
 @dataclass(frozen=True, slots=True)
+class Record:
+    """Whose a machine is, beside it on disk."""
+
+    vm_id: str
+    cold: bool
+    steps_ms: dict[str, float]
+
+
+def read_record(home: Path) -> Record | None:
+    """None for a machine that never became anybody's."""
+    try:
+        return Record(**json.loads((home / RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@dataclass(slots=True)
 class Prepared:
-    """A machine that waits for `load`, with its folder and the line to its agent."""
+    """A machine with its folder and the line to its agent. `stage`: how far it was when it was asked for."""
 
     home: Path
     machine: Machine
-    line: ByteStream
+    agent: Agent
+    stage: Stage = "machine"
+
+    async def run(self) -> None:
+        """Let the guest run: restored now, or going on from where it waits. Raises BootFailed."""
+        if self.stage == "warm_machine":
+            await self.machine.resume()
+        else:
+            await self.machine.load()
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
             await self.machine.aclose()
-            await self.line.aclose()
+            await self.agent.aclose()
             await anyio.to_thread.run_sync(remove_home, self.home)
+
+    async def detach(self) -> None:
+        """Leave it running, for the server that comes next."""
+        with anyio.CancelScope(shield=True):
+            await self.agent.aclose()
+            await self.machine.detach()
+
+    def record(self, about: Record) -> None:
+        """Leave a note of what the next server must know to adopt it."""
+        (self.home / RECORD).write_text(json.dumps(asdict(about)))
+
+
+@dataclass(slots=True)
+class Shelf:
+    """What is ready of one template, and how much of it is wanted."""
+
+    spare: deque[Prepared] = field(default_factory=deque)
+    warm: deque[Prepared] = field(default_factory=deque)
+    changed: anyio.Event = field(default_factory=anyio.Event)
+    rate: float = 0.0
+    """Sandboxes asked for per second, averaged over DEMAND_MEMORY_S."""
+    asked_at: float = 0.0
+    refill_s: float = 0.5
+
+    def asked(self, now: float) -> None:
+        self.rate = self.demand(now) + 1 / DEMAND_MEMORY_S
+        self.asked_at = now
+        self.changed.set()
+
+    def demand(self, now: float) -> float:
+        return self.rate * math.exp(-(now - self.asked_at) / DEMAND_MEMORY_S)
 
 
 class Machines:
-    def __init__(self, state_dir: Path, driver: Driver, spares: int) -> None:
+    def __init__(self, state_dir: Path, driver: Driver, *, spares: int, warm_max: int, warm_memory_mib: int) -> None:
         self.folder = state_dir / "machines"
         self._driver = driver
-        self._wanted = spares
-        self._spares: dict[str, deque[Prepared]] = {}
-        self._taken: dict[str, anyio.Event] = {}
+        self._spares_wanted = spares
+        self._warm_max = min(warm_max, warm_memory_mib // WARM_MIB)
+        self._shelves: dict[str, Shelf] = {}
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Keeps spare machines for as long as the block lasts, and ends them with it."""
+        """Keeps machines ready for as long as the block lasts, and ends them with it."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            async with anyio.create_task_group() as tasks:
+            async with anyio.create_task_group() as self._lines, anyio.create_task_group() as tasks:
                 self._tasks = tasks
                 yield
                 tasks.cancel_scope.cancel()
+                self._lines.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):
-                for spare in self.prepared():
-                    await spare.aclose()
-                self._spares.clear()
+                for ready in self.prepared():
+                    await ready.aclose()
+                self._shelves.clear()
 
-    async def take(self, template: Template) -> tuple[Prepared, bool]:
-        """A prepared machine, and whether it was a spare. The caller closes it.
-
-        Raises: BootFailed, HostNotReady, DiskFull.
-        """
-        spares = self._keep(template)
-        while spares:
-            spare = spares.popleft()
-            self._taken[template.key].set()
-            if spare.machine.alive:
-                return spare, True
-            await spare.aclose()
-        return await self._prepare(template, background=False), False
+    async def take(self, template: Template) -> Prepared:
+        """The furthest machine there is for this template. The caller closes it. Raises BootFailed, HostNotReady, DiskFull."""
+        shelf = self._shelf(template)
+        shelf.asked(time.monotonic())
+        for ready in (shelf.warm, shelf.spare):
+            while ready:
+                found = ready.popleft()
+                if found.machine.alive:
+                    return found
+                await found.aclose()
+        return await self._prepare(template, background=False)
 
     def prepared(self) -> list[Prepared]:
-        """The spare machines of all templates."""
-        return [spare for spares in self._spares.values() for spare in spares]
+        """The machines that wait, of all templates."""
+        return [ready for shelf in self._shelves.values() for ready in (*shelf.warm, *shelf.spare)]
 
-    def _keep(self, template: Template) -> deque[Prepared]:
-        if template.key not in self._spares:
-            self._spares[template.key] = deque()
-            self._taken[template.key] = anyio.Event()
-            if self._wanted:
-                self._tasks.start_soon(self._refill, template)
-        return self._spares[template.key]
+    async def adopt(self, pid: int, home: Path) -> Prepared:
+        """A machine that an earlier server left running in `home`. Raises BootFailed, OutcomeUnknown, TimeoutError."""
+        machine = await self._driver.adopt(pid, home)
+        try:
+            agent = Agent(await machine.dial())
+            await agent.sync(ADOPT_S)
+            self._lines.start_soon(agent.run)
+            return Prepared(home, machine, agent)
+        except BaseException:
+            await machine.aclose()
+            raise
 
-    async def _refill(self, template: Template) -> None:
-        spares = self._spares[template.key]
+    def _shelf(self, template: Template) -> Shelf:
+        if template.key not in self._shelves:
+            self._shelves[template.key] = shelf = Shelf()
+            self._tasks.start_soon(self._keep, template, shelf)
+        return self._shelves[template.key]
+
+    async def _keep(self, template: Template, shelf: Shelf) -> None:
         while True:
-            while len(spares) < self._wanted:
-                try:
-                    spares.append(await self._prepare(template, background=True))
-                except Exception:  # the edge of this task: whoever asks for a machine next is told
-                    break
-            self._taken[template.key] = anyio.Event()
-            await self._taken[template.key].wait()
+            shelf.changed = anyio.Event()
+            try:
+                await self._close_the_gap(template, shelf)
+            except InstaVMError as exc:  # the edge of this task: whoever asks for a machine next is told the same
+                log.warning("no machine could be made ahead of time: %s", exc)
+            with anyio.move_on_after(DEMAND_MEMORY_S if shelf.warm else None):
+                await shelf.changed.wait()
+
+    async def _close_the_gap(self, template: Template, shelf: Shelf) -> None:
+        while len(shelf.warm) > self._warm_wanted(shelf):
+            await shelf.warm.pop().aclose()
+        while len(shelf.spare) < self._spares_wanted:
+            ready = await self._prepare(template, background=True)
+            ready.stage = "spare_machine"
+            shelf.spare.append(ready)
+        while len(shelf.warm) < self._warm_wanted(shelf):
+            began = time.monotonic()
+            shelf.warm.append(await self._warm(template))
+            shelf.refill_s += (time.monotonic() - began - shelf.refill_s) / 4
+
+    def _warm_wanted(self, shelf: Shelf) -> int:
+        """Enough for what is asked for during the time that a new one takes, twice over, within the budget."""
+        demand = shelf.demand(time.monotonic())
+        if not self._warm_max or demand < 1 / (4 * DEMAND_MEMORY_S):
+            return 0
+        others = sum(len(other.warm) for other in self._shelves.values() if other is not shelf)
+        return max(0, min(math.ceil(2 * demand * shelf.refill_s) + 1, self._warm_max - others))
+
+    async def _warm(self, template: Template) -> Prepared:
+        ready = await self._prepare(template, background=True)
+        try:
+            await ready.machine.load(background=True)
+            await ready.agent.identify(identity.fresh("warm", {}))
+            for command in REHEARSAL:
+                await ready.agent.execute(command)
+            await ready.machine.pause()
+        except BaseException:
+            await ready.aclose()
+            raise
+        ready.stage = "warm_machine"
+        return ready
 
     async def _prepare(self, template: Template, *, background: bool) -> Prepared:
         home = self.folder / secrets.token_hex(6)
@@ -107,7 +225,9 @@ class Machines:
             await anyio.to_thread.run_sync(make_home, home, template)
             machine = await self._driver.prepare(template.saved, home / "disk.qcow2", home, background=background)
             try:
-                return Prepared(home, machine, await machine.dial())
+                agent = Agent(await machine.dial())
+                self._lines.start_soon(agent.run)
+                return Prepared(home, machine, agent)
             except BaseException:
                 await machine.aclose()
                 raise

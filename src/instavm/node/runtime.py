@@ -6,8 +6,8 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -21,14 +21,24 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.node import doctor, identity, inventory
-from instavm.node.agent import Agent, connected
+from instavm.node import doctor, files, identity, inventory
 from instavm.node.images.store import Image, ImageStore
-from instavm.node.machines import Machines, Prepared
+from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.templates import Templates
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
-from instavm.sandbox import Command, Ended, EndReason, NodeInfo, Outcome, OutputSink, SandboxSpec, Started
+from instavm.sandbox import (
+    Command,
+    Ended,
+    EndReason,
+    HostMemory,
+    NodeInfo,
+    Outcome,
+    OutputSink,
+    SandboxSpec,
+    Started,
+    StoredFile,
+)
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,10 +60,10 @@ class Steps:
 class Sandbox:
     """One that is live: its agent, and how it is told to end."""
 
-    def __init__(self, spec: SandboxSpec, agent: Agent, prepared: Prepared) -> None:
-        self.spec = spec
-        self.agent = agent
+    def __init__(self, vm_id: str, prepared: Prepared) -> None:
+        self.vm_id = vm_id
         self.prepared = prepared
+        self.agent = prepared.agent
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
@@ -83,28 +93,35 @@ class Runtime:
         self._machines = machines
         self._tasks = tasks
         self._live: dict[str, Sandbox] = {}
+        self._adopted: dict[str, Started] = {}
+        self._leaving = False
         self._found: dict[str, Image] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
 
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings) -> AsyncIterator[Runtime]:
-        """A node on this host, with what a killed predecessor left behind removed; every sandbox ends with the block.
+        """A node on this host. Sandboxes of an earlier server that still live are adopted, whatever else it left is removed.
 
+        Every sandbox ends with the block, unless `leave` was called.
         Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
         """
         with _owned(settings):
-            ended = await anyio.to_thread.run_sync(inventory.clear, settings.state_dir)
-            if ended:
-                log.warning("ended %d machines that a killed server left behind", len(ended))
             driver, probe = await choose(settings)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
             templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
-            machines = Machines(settings.state_dir, driver, settings.spare_machines)
+            machines = Machines(
+                settings.state_dir,
+                driver,
+                spares=settings.spare_machines,
+                warm_max=settings.warm_machines,
+                warm_memory_mib=settings.warm_memory_mib,
+            )
             async with machines.open(), anyio.create_task_group() as tasks:
                 runtime = cls(settings, driver, probe, images, templates, machines, tasks)
                 try:
+                    await runtime._adopt()
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -120,23 +137,47 @@ class Runtime:
         return started
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        sandbox = self._usable(vm_id)
+        with _told(sandbox):
+            return await sandbox.agent.execute(command, on_output)
+
+    async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+        sandbox = self._usable(vm_id)
+        with _told(sandbox):
+            return await files.put(sandbox.agent, path, name, chunks)
+
+    async def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        sandbox = self._usable(vm_id)
+        with _told(sandbox):
+            async with aclosing(files.get(sandbox.agent, path)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
+        sandbox = self._usable(vm_id)
+        with _told(sandbox):
+            await sandbox.agent.stage_env(dict(env))
+
+    def memory(self) -> HostMemory:
+        return doctor.host_memory()
+
+    def _usable(self, vm_id: str) -> Sandbox:
         sandbox = self._live.get(vm_id)
         if sandbox is None or sandbox.stop.is_set():
             raise SessionEnded(f"sandbox {vm_id} is not running")
-        try:
-            return await sandbox.agent.execute(command, on_output)
-        except OutcomeUnknown as exc:
-            sandbox.lost(str(exc))
-            raise
-        except GuestProtocolError as exc:
-            sandbox.lost(str(exc))
-            raise OutcomeUnknown(f"the sandbox was ended while the command ran: {exc}") from exc
+        return sandbox
 
     async def stop(self, vm_id: str) -> None:
         sandbox = self._live.get(vm_id)
         if sandbox is not None:
             sandbox.stop.set()
             await sandbox.gone.wait()
+
+    async def adopted(self) -> Mapping[str, Started]:
+        return dict(self._adopted)
+
+    async def leave(self) -> None:
+        self._leaving = True
 
     def on_end(self, callback: Callable[[Ended], None]) -> None:
         self._on_end = callback
@@ -156,29 +197,59 @@ class Runtime:
         steps = Steps()
         template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
         steps.mark("template")
-        prepared, spare = await self._machines.take(template)
-        steps.mark("spare_machine" if spare else "machine")
-        sandbox: Sandbox | None = None
+        prepared = await self._machines.take(template)
+        steps.mark(prepared.stage)
         try:
-            async with connected(prepared.line) as agent:
-                with self._boot_errors(spec):
-                    await prepared.machine.load()
-                    steps.mark("restore")
-                    with anyio.fail_after(self._settings.restore_timeout_s):
-                        await agent.identify(identity.fresh(spec.vm_id, spec.env))
-                steps.mark("identity")
-                sandbox = self._live[spec.vm_id] = Sandbox(spec, agent, prepared)
-                task_status.started(
-                    Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-                )
-                await self._until_end(sandbox)
-        finally:
+            with self._boot_errors(spec):
+                await prepared.run()
+                steps.mark("restore")
+                with anyio.fail_after(self._settings.restore_timeout_s):
+                    await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
+            steps.mark("identity")
+            started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
+            prepared.record(Record(spec.vm_id, cold, steps.ms))
+        except BaseException:
             await prepared.aclose()
-            if sandbox is not None:
-                del self._live[spec.vm_id]
-                sandbox.gone.set()
+            raise
+        await self._live_out(Sandbox(spec.vm_id, prepared), started, task_status=task_status)
+
+    async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
+        """From being ready to being gone."""
+        self._live[sandbox.vm_id] = sandbox
+        try:
+            task_status.started(started)
+            await self._until_end(sandbox)
+        finally:
+            if self._leaving and sandbox.why is None:
+                await sandbox.prepared.detach()
+            else:
+                await sandbox.prepared.aclose()
+            del self._live[sandbox.vm_id]
+            sandbox.gone.set()
         if sandbox.why is not None:
-            self._on_end(Ended(spec.vm_id, EndReason.CRASHED, sandbox.why))
+            self._on_end(Ended(sandbox.vm_id, EndReason.CRASHED, sandbox.why))
+
+    async def _adopt(self) -> None:
+        """Take over what runs here already; remove what is nobody's."""
+        running = await anyio.to_thread.run_sync(inventory.running, self._machines.folder)
+        records = {name: found for name in running if (found := read_record(self._machines.folder / name)) is not None}
+        ended = await anyio.to_thread.run_sync(inventory.clear, self._settings.state_dir, frozenset(records))
+        if ended:
+            log.warning("ended %d machines that belonged to nobody", len(ended))
+        async with anyio.create_task_group() as tasks:
+            for name, record in records.items():
+                tasks.start_soon(self._adopt_one, name, running[name], record)
+
+    async def _adopt_one(self, name: str, pid: int, record: Record) -> None:
+        home = self._machines.folder / name
+        try:
+            prepared = await self._machines.adopt(pid, home)
+        except (InstaVMError, TimeoutError, OSError) as exc:
+            log.warning("%s could not be adopted: %s", record.vm_id, exc)
+            await anyio.to_thread.run_sync(remove_home, home)
+            return
+        started = Started(record.vm_id, self._driver.name, self._driver.tier, cold=record.cold, steps_ms=record.steps_ms)
+        self._adopted[record.vm_id] = await self._tasks.start(self._live_out, Sandbox(record.vm_id, prepared), started)
 
     async def _until_end(self, sandbox: Sandbox) -> None:
         async def died() -> None:
@@ -210,6 +281,19 @@ class Runtime:
             raise
         except InstaVMError as exc:
             raise BootFailed(f"sandbox {spec.vm_id} did not come up: {exc}") from exc
+
+
+@contextmanager
+def _told(sandbox: Sandbox) -> Iterator[None]:
+    """A line that broke, or a guest that lies, is the end of its sandbox."""
+    try:
+        yield
+    except OutcomeUnknown as exc:
+        sandbox.lost(str(exc))
+        raise
+    except GuestProtocolError as exc:
+        sandbox.lost(str(exc))
+        raise OutcomeUnknown(f"the sandbox was ended while the command ran: {exc}") from exc
 
 
 @contextmanager

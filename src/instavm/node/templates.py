@@ -21,23 +21,28 @@ from pathlib import Path
 
 import anyio
 
-from instavm.errors import BootFailed, CorruptTemplate, HostNotReady
+from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
+from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.images.store import GuestBase, Image
 from instavm.node.vmm.base import Driver, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 1
+VERSION = 3
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
     Command("1/0", "python", 60),
-    Command("import random, uuid, subprocess, json; print(random.random(), uuid.uuid4())", "python", 60),
+    Command("exec('import random, uuid, subprocess, json; print(random.random(), uuid.uuid4())', {})", "python", 60),
     Command("print(1)", "python", 60),
+    Command("!true", "python", 60),
+    Command("import asyncio; await asyncio.sleep(0)", "python", 60),
     Command("echo 1", "bash", 60),
     Command("ls / | wc -l", "bash", 60),
 )
 """Run in every template before it is saved, so that every sandbox finds this code in memory."""
+NOBODY = "vm-0000000000"
+"""Who a template is: a name as long as a sandbox's, so that taking its own changes no file's length."""
 SETTLE_S = 2.0
 """Time for the guest's kernel to finish what it put off (RCU callbacks, freed groups); clones would all do it again."""
 
@@ -129,12 +134,15 @@ class Templates:
                     await agent.configure(template.env, image.workdir)
                     for command in WARM_UP:
                         await agent.execute(command)
+                    await agent.identify(identity.fresh(NOBODY, {}))
                     await agent.rest()
                     await anyio.sleep(SETTLE_S)
                     await machine.pause()
                     await machine.save(folder / "state")
             except TimeoutError as exc:
                 raise BootFailed(f"the guest did not come up within {self._boot_timeout_s:.0f} s") from exc
+            except (GuestProtocolError, ExecutionError) as exc:
+                raise BootFailed(f"the guest did not come up: {exc}") from exc
         except BaseException as exc:
             if isinstance(exc, BootFailed):
                 with anyio.CancelScope(shield=True):

@@ -25,6 +25,7 @@ def _runnable(command: str) -> str:
 
 
 def _known(language: str) -> str:
+    language = limits.LANGUAGE_ALIASES.get(language, language)
     if language not in limits.LANGUAGES:
         raise ValueError("unknown language")
     return language
@@ -79,7 +80,24 @@ class Execution(Wire):
     timed_out: bool = False
     truncated: bool = False
     reason: str | None = None
-    """None = it ended by itself; else what ended it."""
+    """None = it ended by itself; else what ended it. docs/execute.md lists the words."""
+    signal: int | None = None
+    """The signal that ended it."""
+    peak_memory_bytes: int = 0
+    """Largest resident size of one process of it."""
+    outputs: list[dict[str, Any]] | None = None
+    """Rich outputs, each {MIME type: data}: text as it is, images as base64. Left out by older servers."""
     vm_id: str | None = None
     timing: Start | None = None
     """How the sandbox came up; only with the first result that comes out of it."""
+
+
+class MaybeLate(Execution):
+    """The body of an answer that had begun before the result was there.
+
+    code, detail: there is no result, and this is why, as in `wire.errors.Problem`; None = it is a result like any other.
+    Clients that don't know them read a result that says so in `stderr`.
+    """
+
+    code: str | None = None
+    detail: str | None = None

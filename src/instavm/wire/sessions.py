@@ -14,7 +14,7 @@ from instavm.wire.base import Timestamp, Wire
 from instavm.wire.env import Env
 
 
-def _or(default: Any) -> BeforeValidator:
+def or_(default: Any) -> BeforeValidator:
     """`null` on the wire means the same as leaving the field out."""
     return BeforeValidator(lambda value: default if value is None else value)
 
@@ -25,18 +25,18 @@ def _bounded(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-Vcpus = Annotated[int, _or(limits.VCPUS_DEFAULT), Field(strict=True, ge=limits.VCPUS_MIN, le=limits.VCPUS_MAX)]
+Vcpus = Annotated[int, or_(limits.VCPUS_DEFAULT), Field(strict=True, ge=limits.VCPUS_MIN, le=limits.VCPUS_MAX)]
 MemoryMib = Annotated[
     int,
-    _or(limits.MEMORY_MIB_DEFAULT),
+    or_(limits.MEMORY_MIB_DEFAULT),
     Field(strict=True, ge=limits.MEMORY_MIB_MIN, le=limits.MEMORY_MIB_MAX),
 ]
 LifetimeS = Annotated[
     int,
-    _or(limits.LIFETIME_S_DEFAULT),
+    or_(limits.LIFETIME_S_DEFAULT),
     Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.LIFETIME_S_MAX),
 ]
-Metadata = Annotated[dict[str, Any], _or({}), AfterValidator(_bounded)]
+Metadata = Annotated[dict[str, Any], or_({}), AfterValidator(_bounded)]
 
 
 class CreateSession(Wire):
@@ -117,6 +117,20 @@ class Sandbox(Wire):
     started_at: Timestamp
     end_at: Timestamp | None
     status: str
+
+
+class AppUrl(Wire):
+    """Where a web server inside a sandbox is reached. `app_url` is `url`, under a name that other clients read."""
+
+    url: str
+    app_url: str
+    direct_url: str
+    vm_ip: str
+    port: int
+    vm_id: str
+    session_id: UUID
+    status: str
+    expires_in_seconds: int | None
 
 
 class Kill(Wire):

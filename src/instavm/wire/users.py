@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from instavm.wire.base import Wire
 
 
@@ -10,3 +12,9 @@ class User(Wire):
     email: str | None
     name: str
     is_verified: bool
+
+
+class SshKeys(Wire):
+    """Always empty so far: sandboxes are not reached by SSH, so no key can be added."""
+
+    keys: list[str] = Field(default_factory=list)

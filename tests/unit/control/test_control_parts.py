@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from instavm.control import ids
 from instavm.control.accounts import KeyedAccounts, Keys
+from instavm.control.rates import Rates
 from instavm.control.sessions import contains
 from instavm.control.store.database import open_accounts
 from instavm.errors import AuthenticationError
@@ -50,7 +51,7 @@ def test_metadata_does_not_contain_what_is_not_there(have, wanted):
 @pytest.mark.anyio
 async def test_a_key_is_stored_as_a_hash_and_can_be_revoked(tmp_path):
     async with open_accounts(tmp_path / "db") as rows:
-        keys, accounts = Keys(rows), KeyedAccounts(rows)
+        keys, accounts = Keys(rows), KeyedAccounts(rows, Rates(100, 100))
         key_id, key = await keys.create("mine", tenant="team")
         assert (await accounts.tenant_of(key)).id == "team"
         listed = (await keys.list())[0]
@@ -59,4 +60,4 @@ async def test_a_key_is_stored_as_a_hash_and_can_be_revoked(tmp_path):
         assert await keys.revoke(key_id)
         assert not await keys.revoke(key_id)
         with pytest.raises(AuthenticationError):
-            await KeyedAccounts(rows).tenant_of(key)
+            await KeyedAccounts(rows, Rates(100, 100)).tenant_of(key)

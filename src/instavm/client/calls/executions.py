@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Final
 
 from instavm import limits
-from instavm.client.calls.base import Call, ask, reading
+from instavm.client.calls.base import Call, ask, reading, segment
+from instavm.client.errors import from_answer
 from instavm.client.results import Execution
 from instavm.wire import executions as wire
+from instavm.wire.streams import Cancelled
 
 START_S: Final = 180.0
 """Added to the time the code may take: its sandbox may have to boot, and other code may be running there."""
@@ -22,12 +25,25 @@ def execute(session_id: str | None, code: str, language: str, timeout: float | N
     """
     given = ask(wire.Execute, command=code, session_id=session_id, language=language, timeout=timeout)
     code_s = limits.EXECUTE_TIMEOUT_S_DEFAULT if given.timeout is None else given.timeout
-    read = reading(wire.Execution)
     return Call(
         "POST",
         "/execute",
-        lambda raw: Execution(read(raw).model_dump(mode="json")),
+        _result,
         given.model_dump_json(exclude_unset=True).encode(),
         answer_s=code_s + START_S,
         repeatable=False,
     )
+
+
+def cancel(execution_id: str) -> Call[bool]:
+    """Stop a followed execution; whether it was still running."""
+    path = f"/v1/executions/{segment(execution_id)}/cancel"
+    return Call("POST", path, lambda raw: reading(Cancelled)(raw).status == "cancelling", b"{}")
+
+
+def _result(raw: bytes) -> Execution:
+    """Raises: what the server had to say after its answer had begun; NetworkError."""
+    result = reading(wire.MaybeLate)(raw)
+    if result.code is not None:
+        raise from_answer(HTTPStatus.OK, raw)
+    return Execution(result.model_dump(mode="json", exclude={"code", "detail"}))

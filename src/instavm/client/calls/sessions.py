@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from instavm import limits
 from instavm.client.calls.base import Call, ask, reading, segment
-from instavm.client.results import Record, Sandbox, SessionInfo, SessionStatus, SessionUsage
+from instavm.client.results import AppUrl, Record, Sandbox, SessionInfo, SessionStatus, SessionUsage
 from instavm.errors import InvalidInput, NetworkError
 from instavm.wire import sessions as wire
 from instavm.wire.base import Wire
@@ -65,6 +65,12 @@ def status(session_id: str) -> Call[SessionStatus]:
 
 def usage(session_id: str) -> Call[SessionUsage]:
     return _about("usage", session_id, wire.SessionUsage, SessionUsage)
+
+
+def app_url(session_id: str, port: int) -> Call[AppUrl]:
+    read = reading(wire.AppUrl)
+    path = f"/v1/sessions/app-url/{segment(session_id)}"
+    return Call("GET", path, lambda raw: AppUrl(read(raw).model_dump(mode="json")), params={"port": str(port)})
 
 
 def sandboxes(metadata: Mapping[str, Any] | None, limit: int) -> Call[list[Sandbox]]:

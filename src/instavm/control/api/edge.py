@@ -10,6 +10,8 @@ from instavm import limits
 from instavm.control.api.errors import answer
 from instavm.errors import TooLarge
 
+UNBOUNDED: Final = frozenset({"/upload"})
+"""Paths whose body is a file, which is passed on while it arrives."""
 _LENGTH: Final = b"content-length"
 
 
@@ -25,6 +27,9 @@ class Edge:
             return
         if scope["path"].startswith("//"):
             scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
+        if scope["path"] in UNBOUNDED:
+            await self._app(scope, receive, send)
+            return
         length = next((value for name, value in scope["headers"] if name == _LENGTH), b"0")
         if length.isdigit() and int(length) > limits.BODY_BYTES:
             await answer(_too_large(int(length)))(scope, receive, send)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -29,6 +30,10 @@ STATUS: Final[Mapping[type[errors.InstaVMError], int]] = {
     errors.SessionEnded: 410,
     errors.ExecutionError: 409,
     errors.OutcomeUnknown: 504,
+    errors.FileError: 400,
+    errors.FileMissing: 404,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
     errors.RateLimitError: 429,
     errors.HostNotReady: 503,
     errors.BootFailed: 503,
@@ -39,7 +44,7 @@ STATUS: Final[Mapping[type[errors.InstaVMError], int]] = {
     errors.InstaVMError: 500,
 }
 RETRY_AFTER_S: Final = 5
-"""Told with every 429: sandboxes come and go within seconds."""
+"""Told with a 429 that knows no better: sandboxes come and go within seconds."""
 
 
 def status_of(exc: errors.InstaVMError) -> int:
@@ -53,8 +58,12 @@ def answer(exc: errors.InstaVMError) -> Response:
     if isinstance(exc, errors.InvalidInput):
         field, allowed = exc.field, exc.allowed
     listed = [{"loc": ["body", field], "msg": detail, "type": exc.code}] if status == 422 else detail
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 429 else None
+    headers = {"Retry-After": str(_wait_s(exc))} if isinstance(exc, errors.RateLimitError) else None
     return _reply(status, Problem(detail=listed, code=exc.code, field=field, allowed=allowed), headers)
+
+
+def _wait_s(exc: errors.RateLimitError) -> int:
+    return RETRY_AFTER_S if exc.retry_after_s is None else max(1, math.ceil(exc.retry_after_s))
 
 
 def _reply(status: int, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,17 +1,29 @@
 """Routes of executions: run code and wait."""
 
 from fastapi import APIRouter
+from starlette.responses import Response
 
+from instavm import limits
 from instavm.control.api.here import Caller, Here
+from instavm.control.api.once import OnlyOnce
+from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
+from instavm.control.executions import Ran
 from instavm.wire import executions as wire
 
 router = APIRouter()
 
 
-@router.post("/execute")
-async def execute(ask: wire.Execute, caller: Caller, here: Here) -> wire.Execution:
-    ran = await here.executions.execute(caller, ask)
+@router.post("/execute", response_model=wire.Execution)
+async def execute(ask: wire.Execute, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+    async def work() -> wire.Execution:
+        return result(ask.language, await here.executions.execute(caller, ask))
+
+    patience_s = limits.EXECUTE_TIMEOUT_S_DEFAULT if ask.timeout is None else ask.timeout
+    return Patient(lambda: once.run(work), patience_s)
+
+
+def result(language: str, ran: Ran) -> wire.Execution:
     outcome = ran.outcome
     return wire.Execution(
         stdout=outcome.stdout,
@@ -20,10 +32,13 @@ async def execute(ask: wire.Execute, caller: Caller, here: Here) -> wire.Executi
         execution_time=outcome.execution_time_s,
         cpu_time=outcome.cpu_time_s,
         session_id=ran.session_id,
-        language=ask.language,
+        language=language,
         timed_out=outcome.timed_out,
         truncated=outcome.truncated,
         reason=outcome.reason,
+        signal=outcome.signal,
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        outputs=[dict(bundle) for bundle in outcome.outputs],
         vm_id=ran.vm_id,
         timing=None if ran.start is None else start(ran.start),
     )

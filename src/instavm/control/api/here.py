@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -25,7 +25,13 @@ async def caller(request: Request, control: Here) -> Tenant:
 
     Raises: AuthenticationError: no key, a wrong one, or two that differ.
     """
-    keys = {key for key in (*_header_keys(request), await _body_key(request)) if key}
+    return await caller_with(request, control, await _body_key(request))
+
+
+async def caller_with(request: Request, control: Control, body_key: Any) -> Tenant:
+    """The same for a body that a route reads itself. Raises: AuthenticationError."""
+    given = body_key.strip() if isinstance(body_key, str) else None
+    keys = {key for key in (*_header_keys(request), given) if key}
     if len(keys) > 1:
         raise AuthenticationError("two different API keys came with one request")
     if not keys:

@@ -5,23 +5,28 @@ import uuid
 from datetime import timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
 
 from instavm import limits
 from instavm.control.api.here import Caller, Here
+from instavm.control.api.once import OnlyOnce
 from instavm.control.lifecycle import State, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import VmRow
-from instavm.errors import BadRequest, InvalidInput
+from instavm.errors import BadRequest, InvalidInput, SessionError
 from instavm.sandbox import Started
 from instavm.wire import sessions as wire
 
 router = APIRouter()
 
 
-@router.post("/v1/sessions/session")
-async def create(ask: wire.CreateSession, caller: Caller, here: Here) -> wire.Session:
-    return record(await here.sessions.create(caller, ask))
+@router.post("/v1/sessions/session", response_model=wire.Session)
+async def create(ask: wire.CreateSession, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+    async def make(target: str | None) -> wire.Session:
+        return record(await here.sessions.create(caller, ask, target))
+
+    return await once.create(make)
 
 
 @router.get("/v1/sessions/session/{session_id}")
@@ -47,6 +52,44 @@ async def usage(session_id: str, caller: Caller, here: Here) -> wire.SessionUsag
         memory_mb=session.row.memory_mib,
         vcpu_count=session.row.vcpus,
     )
+
+
+@router.get("/v1/sessions/app-url/{session_id}")
+async def app_url(
+    request: Request,
+    session_id: str,
+    caller: Caller,
+    here: Here,
+    port: Annotated[int, Query(ge=1, le=65535)] = 80,
+) -> wire.AppUrl:
+    """Where a web server in the sandbox is reached; inside it has to listen on 0.0.0.0."""
+    session = await here.sessions.get(caller, session_id)
+    vm = session.latest()
+    if vm is None:
+        raise SessionError(f"session {session.id} has no sandbox")
+    live = None if session.vm is None else session.vm.remaining_s()
+    base = str(request.base_url)
+    url = f"{base}v1/app/{session.id}/{port}/"
+    return wire.AppUrl(
+        url=url,
+        app_url=url,
+        direct_url=_direct_url(request, vm.id, port) or url,
+        vm_ip="",
+        port=port,
+        vm_id=vm.id,
+        session_id=uuid.UUID(session.id),
+        status=_status(session, vm),
+        expires_in_seconds=None if live is None else int(live),
+    )
+
+
+def _direct_url(request: Request, vm_id: str, port: int) -> str | None:
+    """A name below the server's own; None where the server is reached by an address, which has no names below it."""
+    host = request.url.hostname or ""
+    if ":" in host or host.replace(".", "").isdigit():
+        return None
+    own = f":{request.url.port}" if request.url.port else ""
+    return f"{request.url.scheme}://{vm_id}-{port}.{host}{own}/"
 
 
 @router.get("/v1/sessions/sandboxes")

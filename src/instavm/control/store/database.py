@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from sqlalchemy import insert, inspect, select
+from sqlalchemy import insert, inspect, select, text, update
 from sqlalchemy.engine import Connection
 
 from instavm.control.store import schema
 from instavm.control.store.accounts import AccountRows
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal
+from instavm.control.store.repeats import RepeatRows
 from instavm.control.store.sessions import SessionRows
+from instavm.control.store.tasks import TaskRows
 from instavm.errors import HostNotReady
 
 log = logging.getLogger(__name__)
@@ -33,22 +35,19 @@ class Store:
         self.journal = journal
         self.accounts = AccountRows(engine)
         self.sessions = SessionRows(engine, journal)
+        self.tasks = TaskRows(engine, journal)
+        self.repeats = RepeatRows(engine, journal)
 
 
 @asynccontextmanager
 async def open_store(path: Path) -> AsyncIterator[Store]:
-    """Open (or make) the database at `path`, mode 0600.
-
-    Sandboxes that the last server left behind are marked as lost: whoever opens the store has none yet.
-    Raises: HostNotReady, when a newer version wrote it.
-    """
+    """Open (or make) the database at `path`, mode 0600. Raises: HostNotReady, when a newer version wrote it."""
     engine = await _opened(path)
     try:
         journal = Journal(engine)
         store = Store(engine, journal)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(journal.run)
-            await store.sessions.mark_lost()
             try:
                 yield store
             finally:
@@ -92,7 +91,14 @@ def _prepare(connection: Connection, path: Path) -> None:
         )
         return
     found = connection.execute(select(schema.schema_version.c.version)).scalar_one()
-    if found != schema.SCHEMA_VERSION:
+    while found in schema.STEPS:
+        for statement in schema.STEPS[found]:
+            connection.execute(text(statement))
+        found += 1
+    if found == schema.SCHEMA_VERSION:
+        schema.metadata.create_all(connection)
+        connection.execute(update(schema.schema_version).values(version=found))
+    else:
         raise HostNotReady(
             f"{path} has schema version {found}, this program knows {schema.SCHEMA_VERSION}:"
             " run the version of instavm that wrote it, or move the file away to start afresh"

@@ -13,13 +13,14 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -49,6 +50,10 @@ tenants = Table(
     Column("name", String, nullable=False),
     Column("email", String),
     Column("created_at", Utc, nullable=False),
+    Column("max_sandboxes", Integer),
+    Column("max_vcpus", Integer),
+    Column("max_memory_mib", Integer),
+    Column("max_lifetime_s", Integer),
 )
 
 api_keys = Table(
@@ -61,6 +66,7 @@ api_keys = Table(
     Column("description", String, nullable=False),
     Column("created_at", Utc, nullable=False),
     Column("revoked_at", Utc),
+    Column("last_used_at", Utc),
     sqlite_autoincrement=True,
 )
 
@@ -76,6 +82,7 @@ sessions = Table(
     Column("memory_mib", Integer, nullable=False),
     Column("image", String, nullable=False),
     Column("metadata", JSON, nullable=False),
+    Column("options", JSON, nullable=False, server_default="{}"),
     Column("env_keys", JSON, nullable=False),
     Column("execution_count", Integer, nullable=False, default=0),
     Column("execution_time_s", Float, nullable=False, default=0.0),
@@ -113,3 +120,49 @@ events = Table(
     Index("events_of_session", "session_id", "seq"),
     sqlite_autoincrement=True,
 )
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("session_id", ForeignKey("sessions.id"), nullable=False),
+    Column("vm_id", ForeignKey("vms.id")),
+    Column("language", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("reason", String),
+    Column("created_at", Utc, nullable=False),
+    Column("finished_at", Utc),
+    Column("exit_code", Integer),
+    Column("stdout", String, nullable=False, default=""),
+    Column("stderr", String, nullable=False, default=""),
+    Column("truncated", Integer, nullable=False, default=0),
+    Column("execution_time_s", Float),
+    Column("cpu_time_s", Float),
+    Index("tasks_of_tenant", "tenant_id", "created_at"),
+    Index("tasks_by_status", "status"),
+)
+
+repeats = Table(
+    "repeats",
+    metadata,
+    Column("tenant_id", ForeignKey("tenants.id"), primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("fingerprint", String, nullable=False),
+    Column("created_at", Utc, nullable=False),
+    Column("target", String, nullable=False),
+    Column("answer", LargeBinary),
+    Index("repeats_by_age", "created_at"),
+)
+
+STEPS: Final = {
+    1: (
+        "ALTER TABLE tenants ADD COLUMN max_sandboxes INTEGER",
+        "ALTER TABLE tenants ADD COLUMN max_vcpus INTEGER",
+        "ALTER TABLE tenants ADD COLUMN max_memory_mib INTEGER",
+        "ALTER TABLE tenants ADD COLUMN max_lifetime_s INTEGER",
+        "ALTER TABLE api_keys ADD COLUMN last_used_at VARCHAR",
+        "ALTER TABLE sessions ADD COLUMN options JSON NOT NULL DEFAULT '{}'",
+    ),
+}
+"""Version → what leads to the next one, besides tables that are new in it."""

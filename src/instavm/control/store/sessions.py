@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BindParameter, Row, bindparam, insert, select, update
+from sqlalchemy import BindParameter, ColumnElement, Row, bindparam, insert, select, update
 from sqlalchemy.engine import Connection
 
 from instavm.control.lifecycle import State
@@ -38,6 +38,7 @@ COUNT_VM_SECONDS = (
 )
 MOVE_VM = update(vms).where(vms.c.id == KEY, vms.c.state == bindparam("was"))
 LOSE_VM = update(vms).where(vms.c.id == KEY)
+RELABEL = update(sessions).where(sessions.c.id == KEY).values(metadata=bindparam("labels"), options=bindparam("chosen"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class SessionRow:
     metadata: Mapping[str, Any]
     env_keys: tuple[str, ...]
     usage: Usage = Usage()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What was asked for on top, as it came: `wire.vms.Options`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ class SessionRows:
 
     def add(self, row: SessionRow) -> None:
         values = {name: getattr(row, name) for name in SESSION_COLUMNS}
-        values |= {"metadata": dict(row.metadata), "env_keys": list(row.env_keys)}
+        values |= {"metadata": dict(row.metadata), "options": dict(row.options), "env_keys": list(row.env_keys)}
         self._journal.append(Write(ADD_SESSION, values), _event(row.created_at, row.id, None, "session.created"))
 
     def close(self, session_id: str, at: datetime) -> int:
@@ -107,6 +110,12 @@ class SessionRows:
         return self._journal.append(
             Write(CLOSE_SESSION, {"key": session_id, "at": at}),
             _event(at, session_id, None, "session.closed"),
+        )
+
+    def relabel(self, row: SessionRow) -> int:
+        """Record changed metadata and options. Returns: the journal's mark."""
+        return self._journal.append(
+            Write(RELABEL, {"key": row.id, "labels": dict(row.metadata), "chosen": dict(row.options)})
         )
 
     def used(self, session_id: str, *, execution_time_s: float, cpu_time_s: float) -> None:
@@ -138,25 +147,40 @@ class SessionRows:
         if row.state is State.ENDED and vm_seconds:
             self._journal.append(Write(COUNT_VM_SECONDS, {"key": row.session_id, "up": vm_seconds}))
 
-    async def mark_lost(self) -> None:
-        """Every sandbox that is not ended in the tables belonged to a server that is no more."""
-        now = datetime.now(UTC)
-        ask = select(vms.c.id, vms.c.session_id).where(vms.c.state != State.ENDED)
-        lost = await self._engine.run(lambda connection: connection.execute(ask).all())
-        for row in lost:
-            values = {"key": row.id, "state": State.ENDED, "why": EndReason.NODE_LOST, "ended_at": now}
-            self._journal.append(
-                Write(LOSE_VM, values),
-                _event(
-                    now,
-                    row.session_id,
-                    row.id,
-                    "vm.ended",
-                    reason=EndReason.NODE_LOST,
-                    detail="the server was restarted",
-                ),
-            )
+    async def unended(self) -> list[tuple[SessionRow, VmRow]]:
+        """Every sandbox that a server before this one has not seen the end of, with its session."""
         await self._journal.written()
+        return await self._engine.run(lambda connection: _joined(connection, vms.c.state != State.ENDED))
+
+    async def vms_of(self, tenant_id: str, limit: int) -> list[tuple[SessionRow, VmRow]]:
+        """All sandboxes a tenant ever had, newest first."""
+        await self._journal.written()
+        mine = sessions.c.tenant_id == tenant_id
+        return await self._engine.run(lambda connection: _joined(connection, mine, limit))
+
+    async def by_vm(self, vm_id: str) -> tuple[SessionRow, VmRow] | None:
+        await self._journal.written()
+        found = await self._engine.run(lambda connection: _joined(connection, vms.c.id == vm_id))
+        return found[0] if found else None
+
+    def lose_vm(self, row: VmRow, why: EndReason, detail: str) -> None:
+        """Record the end of a sandbox that nobody was there to see."""
+        now = datetime.now(UTC)
+        values = {"key": row.id, "state": State.ENDED, "why": row.why or why, "ended_at": now}
+        self._journal.append(
+            Write(LOSE_VM, values),
+            _event(now, row.session_id, row.id, "vm.ended", reason=row.why or why, detail=detail),
+        )
+
+
+def _joined(
+    connection: Connection, which: ColumnElement[bool], limit: int | None = None
+) -> list[tuple[SessionRow, VmRow]]:
+    ask = select(vms).join(sessions, sessions.c.id == vms.c.session_id).where(which).order_by(vms.c.created_at.desc())
+    found = connection.execute(ask.limit(limit)).all()
+    ids = {row.session_id for row in found}
+    owners = {row.id: _session(row) for row in connection.execute(select(sessions).where(sessions.c.id.in_(ids)))}
+    return [(owners[row.session_id], _vm(row)) for row in found]
 
 
 def _load(connection: Connection, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
@@ -207,6 +231,7 @@ def _session(row: Row[Any]) -> SessionRow:
         metadata=row.metadata,
         env_keys=tuple(row.env_keys),
         usage=Usage(row.execution_count, row.execution_time_s, row.cpu_time_s, row.vm_seconds),
+        options=row.options,
     )
 
 

@@ -47,8 +47,11 @@ class Machine(Protocol):
         """Raw bytes to and from the guest's agent. One line at a time; dial again after it broke."""
         ...
 
-    async def load(self) -> None:
-        """On a prepared machine, once: bring in the saved state and run. Raises BootFailed."""
+    async def load(self, *, background: bool = False) -> None:
+        """On a prepared machine, once: bring in the saved state and run. Raises BootFailed.
+
+        background: only while nothing else wants the CPU, until `resume`.
+        """
         ...
 
     async def pause(self) -> None: ...
@@ -69,6 +72,10 @@ class Machine(Protocol):
 
     async def aclose(self) -> None:
         """Kill, reap. Twice is fine. Leaves the machine's folder to its owner."""
+        ...
+
+    async def detach(self) -> None:
+        """Let go of it without ending it; another server may adopt it."""
         ...
 
 
@@ -93,4 +100,8 @@ class Driver(Protocol):
 
         background: it starts up only while nothing else wants the CPU, and gets its full share with `load`.
         """
+        ...
+
+    async def adopt(self, pid: int, home: Path) -> Machine:
+        """A machine that an earlier server started in `home` and that runs as process `pid`. Raises BootFailed."""
         ...

@@ -34,7 +34,7 @@ QMP_TIMEOUT_S = 10.0
 CPU = {"kvm": "host", "tcg": "max,la57=off"}
 ACCELERATOR = {"kvm": "kvm", "tcg": f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"}
 KERNEL_ARGUMENTS = (
-    "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check psi=0 cgroup.memory=nokmem noautogroup"
+    "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check psi=0 nowatchdog cgroup.memory=nokmem noautogroup"
 )
 # norandmaps: the emulator keeps translated code by virtual address, so a program that is loaded at the same place again
 # need not be translated again; 7,000 blocks less for each bash. What it costs: docs/security.md.
@@ -115,12 +115,20 @@ class QemuMachine:
     def alive(self) -> bool:
         return self._process.alive
 
+    async def connect(self, control: Path) -> None:
+        """Take up the line to QEMU's monitor. Raises BootFailed."""
+        try:
+            with _deadline("QEMU did not start"):
+                await self._qmp.connect(str(control))
+        except (QMPError, OSError, EOFError) as exc:
+            raise BootFailed(f"QEMU did not start: {self._process.last_words() or exc}") from exc
+
     async def dial(self) -> ByteStream:
         return await anyio.connect_unix(str(self._agent_path))
 
-    async def load(self) -> None:
+    async def load(self, *, background: bool = False) -> None:
         assert self._state_fd is not None, "only a prepared machine can be loaded"
-        self._process.in_background(False)
+        self._process.in_background(background)
         await self._migrate("migrate-incoming", f"fd:{self._state_fd}")
         await self._execute("cont")
 
@@ -128,6 +136,7 @@ class QemuMachine:
         await self._execute("stop")
 
     async def resume(self) -> None:
+        self._process.in_background(False)
         await self._execute("cont")
 
     async def save(self, state: Path) -> None:
@@ -155,8 +164,16 @@ class QemuMachine:
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
             await self._process.kill()
-            with suppress(QMPError, OSError, EOFError):  # it was killed: that the line broke is no news
-                await self._qmp.disconnect()
+            await self._hang_up()
+
+    async def detach(self) -> None:
+        with anyio.CancelScope(shield=True):
+            await self._hang_up()
+            self._process.let_go()
+
+    async def _hang_up(self) -> None:
+        with suppress(QMPError, OSError, EOFError):  # that the line of one that was killed is broken is no news
+            await self._qmp.disconnect()
 
     async def _skip_shared_memory(self) -> None:
         """Guest memory lives in a file that stays where it is: saved states leave it out."""
@@ -250,18 +267,26 @@ class QemuDriver:
             sockets = Sockets(qmp_socket.fileno(), agent_socket.fileno())
             fds = [sockets.qmp, sockets.agent, *([] if state_fd is None else [state_fd])]
             try:
-                process = VMMProcess([BINARY, *arguments(sockets)], log=home / "vmm.log", pass_fds=fds)
+                process = VMMProcess.spawn([BINARY, *arguments(sockets)], log=home / "vmm.log", pass_fds=fds)
             except OSError as exc:
                 raise HostNotReady(f"{BINARY} can't be started: {exc}. {_HOW_TO_GET}") from exc
         process.in_background(background)
-        qmp = QMPClient()
-        made = QemuMachine(process, qmp, home / "agent.sock", state_fd)
+        made = QemuMachine(process, QMPClient(), home / "agent.sock", state_fd)
         try:
-            with _deadline("QEMU did not start"):
-                await qmp.connect(str(home / "qmp.sock"))
-        except (QMPError, OSError, EOFError) as exc:
+            await made.connect(home / "qmp.sock")
+        except BaseException:
             await made.aclose()
-            raise BootFailed(f"QEMU did not start: {process.last_words() or exc}") from exc
+            raise
+        return made
+
+    async def adopt(self, pid: int, home: Path) -> QemuMachine:
+        try:
+            process = VMMProcess(pid, home / "vmm.log")
+        except ProcessLookupError as exc:
+            raise BootFailed(f"process {pid} of {home.name} is gone") from exc
+        made = QemuMachine(process, QMPClient(), home / "agent.sock", None)
+        try:
+            await made.connect(home / "qmp.sock")
         except BaseException:
             await made.aclose()
             raise

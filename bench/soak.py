@@ -1,0 +1,75 @@
+"""Create, execute, kill, again and again: does anything grow in the server, or stay on the host?
+
+    python bench/soak.py [--cycles 1000] [--warm-up 50] [--json FILE]
+
+After the warm-up, and after every tenth of the cycles, the server's memory, descriptors and threads are taken down; at the
+end, what is left of sandboxes on the host, which has to be nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import report
+from instavm import InstaVM
+from instavm.node import inventory
+from instavm.settings import Settings
+from start import KEY, server
+
+
+def cycle() -> None:
+    with InstaVM(KEY, memory_mb=256) as vm:
+        assert vm.execute("print(6 * 7)").stdout == "42\n"
+
+
+def taken(process: psutil.Process) -> dict[str, float]:
+    return {
+        "rss_mib": round(process.memory_info().rss / (1 << 20), 2),
+        "fds": process.num_fds(),
+        "threads": process.num_threads(),
+        "children": len(process.children(recursive=True)),
+    }
+
+
+def measured(cycles: int, warm_up: int) -> dict[str, Any]:
+    for _ in range(warm_up):
+        cycle()
+    process = psutil.Process(int(Settings().server_lock.read_text()))
+    points = [{"cycles": 0, **taken(process)}]
+    began = time.perf_counter()
+    for number in range(1, cycles + 1):
+        cycle()
+        if number % max(1, cycles // 10) == 0:
+            points.append({"cycles": number, **taken(process)})
+            print(points[-1], flush=True)
+    took_s = time.perf_counter() - began
+    return {"cycles": cycles, "ms_per_cycle": round(took_s / cycles * 1000, 1), "points": points}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--warm-up", type=int, default=50)
+    parser.add_argument("--json", type=Path, default=report.RESULTS / "soak.json")
+    asked = parser.parse_args()
+    facts = report.machine()
+    with server():
+        state_dir = Settings().state_dir
+        results = measured(asked.cycles, asked.warm_up)
+    left = inventory.take(state_dir)
+    results["left_over"] = {"processes": len(left.processes), "folders": len(left.homes)}
+    asked.json.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")
+    first, last = results["points"][0], results["points"][-1]
+    for name in ("rss_mib", "fds", "threads", "children"):
+        print(f"{name:10} {first[name]} -> {last[name]}")
+    print(f"left over  {results['left_over']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Following an execution: events as they come, over connections that may break."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Final
+
+import anyio
+import httpx
+
+from instavm.client.calls.base import Call, ask, segment
+from instavm.client.errors import from_answer
+from instavm.client.results import Execution, Record
+from instavm.client.transport import AsyncLink, Link, translated
+from instavm.wire.executions import Execute
+from instavm.wire.streams import ID_HEADER
+
+SILENCE_S: Final = 60.0
+"""The server sends something every 15 s; a stream that is silent for this long is broken."""
+RECONNECTS: Final = 6
+"""How often in a row a broken stream is taken up again without anything new coming out of it."""
+FIRST_PAUSE_S: Final = 0.2
+"""Before it is taken up again; doubled each time."""
+
+
+class StreamEvent(Record):
+    """Something that an execution told: `type` is stdout, stderr, output or result.
+
+    text: of stdout and stderr. output: a bundle {MIME type: data}. result: the `Execution`, whole; the last event.
+    """
+
+    type: str
+    execution_id: str
+    text: str
+    output: dict[str, Any]
+    result: Execution
+
+
+class Reader:
+    """Puts events together from lines, and remembers where to take them up again. No I/O."""
+
+    def __init__(self, session_id: str, code: str, language: str, timeout: float | None) -> None:
+        given = ask(Execute, command=code, session_id=session_id, language=language, timeout=timeout)
+        self._body = given.model_dump_json(exclude_unset=True).encode()
+        self.execution_id: str | None = None
+        self.ended = False
+        self.failures = 0
+        self._number = 0
+        self._event: dict[str, str] = {}
+        self._told: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._outputs: list[dict[str, Any]] = []
+        self._missed = False
+
+    def call(self) -> Call[None]:
+        """The request that begins it, or takes it up again."""
+        if self.execution_id is None:
+            return Call("POST", "/execute/stream", _nothing, self._body, answer_s=SILENCE_S, repeatable=False)
+        path = f"/v1/executions/{segment(self.execution_id)}/stream"
+        return Call("GET", path, _nothing, params={"after": str(self._number)}, answer_s=SILENCE_S)
+
+    def began(self, response: httpx.Response) -> None:
+        """Its head is there."""
+        self.execution_id = response.headers.get(ID_HEADER)
+
+    def broke(self, exc: httpx.TransportError) -> float:
+        """The connection broke; how long to wait, in seconds, before it is tried again. Raises: NetworkError."""
+        self._event = {}
+        self.failures += 1
+        if self.execution_id is None or self.failures > RECONNECTS:
+            raise translated(exc, self.call()) from exc
+        return float(FIRST_PAUSE_S * 2 ** (self.failures - 1))
+
+    def line(self, line: str) -> StreamEvent | None:
+        """One line of the stream; the event that it completes. Raises: what the server told instead of a result."""
+        name, _, value = line.partition(": ")
+        if line:
+            self._event[name] = value
+            return None
+        event, self._event = self._event, {}
+        return self._complete(event) if "event" in event else None
+
+    def _complete(self, event: dict[str, str]) -> StreamEvent:
+        kind, number = event["event"], int(event["id"])
+        self._missed |= number != self._number + 1
+        self._number, self.failures = number, 0
+        if kind == "error":
+            raise from_answer(200, event["data"].encode())
+        data = json.loads(event["data"])
+        if kind in self._told:
+            self._told[kind].append(data["text"])
+            return self._made(kind, text=data["text"])
+        if kind == "output":
+            self._outputs.append(data)
+            return self._made(kind, output=data)
+        self.ended = True
+        told = {name: "".join(texts) for name, texts in self._told.items()}
+        cut = data["truncated"] or self._missed
+        return self._made("result", result=Execution({**data, **told, "outputs": self._outputs, "truncated": cut}))
+
+    def _made(self, kind: str, **what: object) -> StreamEvent:
+        return StreamEvent(type=kind, execution_id=self.execution_id, **what)
+
+
+def follow(link: Link, reader: Reader) -> Iterator[StreamEvent]:
+    """Events until the result. Raises: as `InstaVM.execute`."""
+    while not reader.ended:
+        try:
+            with link.opened(reader.call()) as response:
+                reader.began(response)
+                for line in response.iter_lines():
+                    if (event := reader.line(line)) is not None:
+                        yield event
+            if not reader.ended:
+                raise httpx.RemoteProtocolError("the stream ended before its result")
+        except httpx.TransportError as exc:
+            time.sleep(reader.broke(exc))
+
+
+async def follow_async(link: AsyncLink, reader: Reader) -> AsyncIterator[StreamEvent]:
+    """As `follow`."""
+    while not reader.ended:
+        try:
+            async with link.opened(reader.call()) as response:
+                reader.began(response)
+                async for line in response.aiter_lines():
+                    if (event := reader.line(line)) is not None:
+                        yield event
+            if not reader.ended:
+                raise httpx.RemoteProtocolError("the stream ended before its result")
+        except httpx.TransportError as exc:
+            await anyio.sleep(reader.broke(exc))
+
+
+def _nothing(_body: bytes) -> None:
+    """A stream is not read as a whole."""

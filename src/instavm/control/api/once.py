@@ -1,0 +1,69 @@
+"""`Idempotency-Key`: a route that makes or runs something says what, and this sees to it that it is done once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Final
+
+from fastapi import Depends, Header, Request
+from starlette.responses import Response
+
+from instavm import limits
+from instavm.control.api.here import Caller, Here
+from instavm.errors import BadRequest
+from instavm.wire.base import Wire
+
+HEADER: Final = "Idempotency-Key"
+
+
+class Once:
+    """The key of one request, if it came with one."""
+
+    def __init__(
+        self,
+        request: Request,
+        caller: Caller,
+        here: Here,
+        key: Annotated[str | None, Header(alias=HEADER)] = None,
+    ) -> None:
+        self._request = request
+        self._caller = caller
+        self._here = here
+        self._key = key
+
+    async def create(self, work: Callable[[str | None], Awaitable[Wire]]) -> Response:
+        """Make something, in the session whose id `work` is handed; None = in one of its own. Broken off, it is begun again."""
+        return await self._answer(work, again=True)
+
+    async def run(self, work: Callable[[], Awaitable[Wire]]) -> Response:
+        """Run something. Broken off by the end of the server, nobody knows how far it came, and it is not begun again."""
+        return await self._answer(lambda _target: work(), again=False)
+
+    async def _answer(self, work: Callable[[str | None], Awaitable[Wire]], *, again: bool) -> Response:
+        if self._key is None:
+            return _json(_bytes(await work(None)))
+        if not (0 < len(self._key) <= limits.IDEMPOTENCY_KEY_CHARS and self._key.isascii() and self._key.isprintable()):
+            raise BadRequest(HEADER, self._key, limits.ALLOWED["idempotency-key"])
+
+        async def begun(target: str) -> bytes:
+            return _bytes(await work(target))
+
+        fingerprint = await self._fingerprint()
+        return _json(await self._here.repeats.once(self._caller, self._key, fingerprint, begun, again=again))
+
+    async def _fingerprint(self) -> str:
+        url = self._request.url
+        head = f"{self._request.method} {url.path}?{url.query}\n".encode()
+        return hashlib.sha256(head + await self._request.body()).hexdigest()
+
+
+def _bytes(answer: Wire) -> bytes:
+    return answer.model_dump_json().encode()
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+OnlyOnce = Annotated[Once, Depends()]

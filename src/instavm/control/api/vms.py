@@ -1,0 +1,120 @@
+"""Routes of VMs: the same sandboxes as those of sessions, by their own id."""
+
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import Response
+
+from instavm import limits
+from instavm.control.api.here import Caller, Here
+from instavm.control.api.once import OnlyOnce
+from instavm.control.lifecycle import word
+from instavm.control.sessions import Session
+from instavm.control.store.sessions import SessionRow, VmRow
+from instavm.errors import BootFailed, InvalidInput, NotFound
+from instavm.wire import vms as wire
+from instavm.wire.env import coerce
+
+router = APIRouter()
+
+
+@router.post("/v1/vms", response_model=wire.Vm)
+async def create(
+    request: Request, ask: wire.CreateVm, caller: Caller, here: Here, once: OnlyOnce, wait: bool = True
+) -> Response:
+    async def make(target: str | None) -> wire.Vm:
+        if ask.session_id is None:
+            session = await here.sessions.create(caller, ask, target)
+        else:
+            session = await here.sessions.get(caller, ask.session_id)
+            here.sessions.begin(session)
+        if wait:
+            try:
+                await here.sessions.ready(session)
+            except BootFailed:
+                await here.sessions.kill(session)
+                raise
+        latest = session.latest()
+        assert latest is not None, "a session that was just given a sandbox has one"
+        return record(session.row, latest, request)
+
+    return await once.create(make)
+
+
+@router.get("/v1/vms")
+async def live(request: Request, caller: Caller, here: Here) -> list[wire.Vm]:
+    """Those that are up or coming up, newest first."""
+    found = here.sessions.with_sandbox(caller, {}, limits.LIST_LIMIT_MAX)
+    return [record(session.row, row, request) for session in found if (row := session.latest()) is not None]
+
+
+@router.get("/v1/vms/")
+async def all_records(
+    request: Request,
+    caller: Caller,
+    here: Here,
+    limit: Annotated[int, Query(ge=1, le=limits.LIST_LIMIT_MAX)] = limits.LIST_LIMIT_MAX,
+) -> list[wire.Vm]:
+    """Every VM that this account ever had, newest first."""
+    return [record(session, vm, request) for session, vm in await here.sessions.all_vms(caller, limit)]
+
+
+@router.get("/v1/vms/{vm_id}")
+async def get(request: Request, vm_id: str, caller: Caller, here: Here) -> wire.Vm:
+    session, vm = await here.sessions.of_vm(caller, vm_id)
+    return record(session.row, vm, request)
+
+
+@router.patch("/v1/vms/{vm_id}")
+async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
+    session, vm = await _up(here, caller, vm_id)
+    await here.sessions.relabel(session, ask.metadata if "metadata" in ask.model_fields_set else None, ask.options())
+    return record(session.row, vm, request)
+
+
+@router.delete("/v1/vms/{vm_id}")
+async def delete(vm_id: str, caller: Caller, here: Here) -> wire.Deleted:
+    session, vm = await _up(here, caller, vm_id)
+    await here.sessions.kill(session)
+    return wire.Deleted(vm_id=vm.id)
+
+
+@router.post("/v1/vms/{vm_id}/stage-env")
+async def stage_env(vm_id: str, ask: wire.StageEnv, caller: Caller, here: Here) -> wire.Staged:
+    session, _ = await _up(here, caller, vm_id)
+    try:
+        env: Any = coerce({entry.env_name: entry.value for entry in ask.entries})
+    except ValueError as exc:
+        raise InvalidInput("entries", str(exc), limits.ALLOWED["env"]) from None
+    await here.vms.stage_env(await here.sessions.ready(session), env)
+    return wire.Staged(vm_id=vm_id, env_keys=sorted(env))
+
+
+async def _up(here: Here, caller: Caller, vm_id: str) -> tuple[Session, VmRow]:
+    """A VM that has not ended. Raises: NotFound."""
+    session, vm = await here.sessions.of_vm(caller, vm_id)
+    if vm.why is not None:
+        raise NotFound(f"VM {vm_id[:80]} has ended ({vm.why})")
+    return session, vm
+
+
+def record(session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
+    return wire.Vm(
+        vm_id=vm.id,
+        id=vm.id,
+        session_id=uuid.UUID(session.id),
+        status=word(vm.state, vm.why),
+        reason=None if vm.why is None else str(vm.why),
+        created_at=vm.created_at,
+        started_at=vm.started_at,
+        expires_at=vm.expires_at,
+        terminated_at=vm.ended_at,
+        vm_lifetime_seconds=session.lifetime_s,
+        vcpu_count=session.vcpus,
+        memory_mb=session.memory_mib,
+        metadata=dict(session.metadata),
+        env_keys=list(session.env_keys),
+        ssh_host=f"{vm.id}@{request.url.hostname or 'localhost'}",
+        **{name: value for name, value in session.options.items() if name in wire.OPTIONS},
+    )

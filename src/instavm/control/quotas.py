@@ -1,0 +1,96 @@
+"""Whether one more sandbox may be started: what its tenant may have, and what the host can bear.
+
+Nothing is awaited between looking and taking, and everything runs on one event loop: two creates never both get the last
+place. The promise of memory is the policy: all sandboxes together are promised at most
+`memory_overcommit` times the host's memory without `memory_reserve_mib`, and a new one is only started while the host could
+hand out `memory_reserve_mib` and the new one's first pages without swapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from instavm.control.store.accounts import Quota, Tenant
+from instavm.control.vms import Vms
+from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError
+from instavm.sandbox import HostMemory
+from instavm.settings import Settings
+
+FIRST_PAGES_MIB: Final = 128
+"""What a sandbox makes its own within its first seconds, whatever its size; the rest is shared with its template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What this server allows. `quota`: of tenants that have none of their own; a None in it means without limit."""
+
+    quota: Quota = field(default_factory=Quota)
+    memory_overcommit: float = 1.0
+    memory_reserve_mib: int = 0
+    requests_per_s: float = 1000.0
+    requests_burst: int = 10_000
+
+    @classmethod
+    def of(cls, settings: Settings) -> Policy:
+        return cls(
+            Quota(settings.quota_sandboxes, settings.quota_vcpus, settings.quota_memory_mib, settings.quota_lifetime_s),
+            settings.memory_overcommit,
+            settings.memory_reserve_mib,
+            settings.requests_per_s,
+            settings.requests_burst,
+        )
+
+    @classmethod
+    def of_one_user(cls, settings: Settings) -> Policy:
+        """Behind a private socket: no quotas and no rate, only what the host can bear."""
+        return cls(memory_overcommit=settings.memory_overcommit, memory_reserve_mib=settings.memory_reserve_mib)
+
+
+class Quotas:
+    def __init__(self, policy: Policy, vms: Vms, memory: Callable[[], HostMemory]) -> None:
+        self._policy = policy
+        self._vms = vms
+        self._memory = memory
+
+    def admit(self, tenant: Tenant, vcpus: int, memory_mib: int, lifetime_s: float) -> None:
+        """Raises: ForbiddenError (lifetime), QuotaExceededError, NoCapacity. The caller starts at once or not at all."""
+        quota = self.of(tenant)
+        if quota.lifetime_s is not None and lifetime_s > quota.lifetime_s:
+            raise ForbiddenError(f"vm lifetime cannot exceed {quota.lifetime_s}s")
+        mine = [vm.spec for vm in self._vms.live() if vm.tenant_id == tenant.id and vm.usable]
+        for what, limit, sum_with_it in (
+            ("sandboxes", quota.sandboxes, len(mine) + 1),
+            ("vCPUs", quota.vcpus, sum(spec.vcpus for spec in mine) + vcpus),
+            ("MB of memory", quota.memory_mib, sum(spec.memory_mib for spec in mine) + memory_mib),
+        ):
+            if limit is not None and sum_with_it > limit:
+                raise QuotaExceededError(
+                    f"this account may have {limit} {what} at one time, this would make {sum_with_it}"
+                )
+        self._host_can_bear(memory_mib)
+
+    def of(self, tenant: Tenant) -> Quota:
+        """What holds for a tenant: its own numbers, else the server's."""
+        own, default = tenant.quota, self._policy.quota
+        return Quota(
+            sandboxes=default.sandboxes if own.sandboxes is None else own.sandboxes,
+            vcpus=default.vcpus if own.vcpus is None else own.vcpus,
+            memory_mib=default.memory_mib if own.memory_mib is None else own.memory_mib,
+            lifetime_s=default.lifetime_s if own.lifetime_s is None else own.lifetime_s,
+        )
+
+    def _host_can_bear(self, memory_mib: int) -> None:
+        host, reserve = self._memory(), self._policy.memory_reserve_mib
+        promised = sum(vm.spec.memory_mib for vm in self._vms.live()) + memory_mib
+        bearable = int((host.total_mib - reserve) * self._policy.memory_overcommit)
+        if promised > bearable:
+            raise NoCapacity(
+                f"this host is full: {promised} MB would be promised to sandboxes, it bears {bearable}",
+                self._vms.next_end_s(),
+            )
+        if host.available_mib < reserve + min(memory_mib, FIRST_PAGES_MIB):
+            raise NoCapacity(
+                f"this host is full: {host.available_mib} MB of its memory are left", self._vms.next_end_s()
+            )

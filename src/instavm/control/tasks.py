@@ -1,0 +1,182 @@
+"""Tasks: code that runs on in its sandbox whether or not a client waits for it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+from anyio.abc import TaskGroup
+
+from instavm import limits
+from instavm.control.executions import Executions
+from instavm.control.ids import new_task_id
+from instavm.control.sessions import Session, Sessions
+from instavm.control.store.accounts import Tenant
+from instavm.control.store.database import Store
+from instavm.control.store.tasks import TaskRow
+from instavm.control.vms import Vm
+from instavm.errors import InstaVMError, NotFound, OutcomeUnknown, RateLimitError, SessionEnded
+from instavm.sandbox import Outcome, Stream
+from instavm.wire.executions import Execute
+from instavm.wire.sessions import CreateSession
+from instavm.wire.tasks import ExecuteAsync
+
+log = logging.getLogger(__name__)
+
+UNFINISHED_MAX: Final = 500
+"""Tasks of one tenant that may wait or run at one time."""
+BEYOND_S: Final = 3600.0
+"""Added to what is left of a lifetime, for a task that shall run until its sandbox ends: it never gets there."""
+
+_LOST: Final = "[instavm] the server was restarted while this ran: its end is not known\n"
+
+
+class Kept:
+    """What a task has printed so far: head and tail, for one that does not come to its end."""
+
+    def __init__(self) -> None:
+        self._streams: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
+
+    def add(self, stream: Stream, data: bytes) -> None:
+        kept = self._streams[stream]
+        kept += data
+        if len(kept) > 2 * limits.TASK_OUTPUT_BYTES:
+            half = limits.TASK_OUTPUT_BYTES // 2
+            kept[half:-half] = b"\n... output left out ...\n"
+
+    def text(self, stream: Stream) -> str:
+        return _cut(self._streams[stream].decode(errors="replace"))
+
+
+class Tasks:
+    """Owns one background task per task under way; what has ended is in the store alone."""
+
+    def __init__(self, store: Store, sessions: Sessions, executions: Executions, tasks: TaskGroup) -> None:
+        self._rows = store.tasks
+        self._journal = store.journal
+        self._sessions = sessions
+        self._executions = executions
+        self._tasks = tasks
+        self._under_way: dict[str, TaskRow] = {}
+
+    async def begin(self, tenant: Tenant, ask: ExecuteAsync) -> TaskRow:
+        """Record a task and let it run; its id is good at once. Raises: SessionNotFound, SessionEnded, RateLimitError."""
+        mine = Counter(row.tenant_id for row in self._under_way.values())[tenant.id]
+        if mine >= UNFINISHED_MAX:
+            raise RateLimitError(
+                f"{mine} tasks of this account have not ended yet; wait for some, or end their sandboxes"
+            )
+        if ask.session_id is None:
+            session = await self._sessions.create(tenant, CreateSession())
+        else:
+            session = await self._sessions.get(tenant, ask.session_id)
+        if session.closed:
+            raise SessionEnded(f"session {session.id} was killed; make a new one")
+        row = TaskRow(new_task_id(), tenant.id, session.id, ask.language, datetime.now(UTC))
+        self._under_way[row.id] = row
+        await self._journal.written(self._rows.add(row))
+        self._tasks.start_soon(self._run, tenant, session, row, ask, name=row.id)
+        return row
+
+    async def get(self, tenant: Tenant, task_id: str) -> TaskRow:
+        """Raises: NotFound, also for a task of somebody else."""
+        row = self._under_way.get(task_id) or await self._rows.load(task_id)
+        if row is None or row.tenant_id != tenant.id:
+            raise NotFound(f"there is no task {task_id[:80]}")
+        return row
+
+    async def list(self, tenant: Tenant, limit: int) -> list[TaskRow]:
+        """Newest first."""
+        return [self._under_way.get(row.id, row) for row in await self._rows.of_tenant(tenant.id, limit)]
+
+    async def take_up(self) -> None:
+        """Tasks of a server that is no more: those whose sandbox lives on are waited for again. Called once, at first."""
+        for row in await self._rows.unfinished():
+            session = self._sessions.adopted(row.session_id)
+            if session is None or session.vm is None or session.vm.id != row.vm_id:
+                self._rows.change(_ended(row, "killed", reason="node_lost", stderr=_LOST))
+            else:
+                self._under_way[row.id] = row
+                self._tasks.start_soon(self._rejoin, session, session.vm, row, name=row.id)
+
+    async def _rejoin(self, session: Session, vm: Vm, row: TaskRow) -> None:
+        try:
+            outcome = await self._executions.rejoin(session, vm, row.language, row.id)
+            lost = _ended(row, "killed", reason="node_lost", stderr=_LOST)
+            self._rows.change(lost if outcome is None else _finished(row, outcome))
+        except InstaVMError as exc:
+            if vm.lifecycle.why is not None or not vm.gone.is_set():
+                why = str(vm.lifecycle.why or exc.code)
+                self._rows.change(_ended(row, "killed", reason=why, stderr=f"[instavm] {exc}\n"))
+        finally:
+            del self._under_way[row.id]
+
+    async def _run(self, tenant: Tenant, session: Session, row: TaskRow, ask: ExecuteAsync) -> None:
+        try:
+            ended = await self._outcome(tenant, session, row, ask)
+        except Exception:
+            log.exception("task %s failed in a way that nobody foresaw", row.id)
+            ended = _ended(row, "failed", reason="internal", stderr="[instavm] internal error\n")
+        if ended is not None:
+            self._rows.change(ended)
+        del self._under_way[row.id]
+        await self._rows.prune(tenant.id)
+
+    async def _outcome(self, tenant: Tenant, session: Session, row: TaskRow, ask: ExecuteAsync) -> TaskRow | None:
+        """Returns: None when the server goes and leaves the task to itself."""
+        vm: Vm | None = None
+        kept = Kept()
+        try:
+            vm = await self._sessions.ready(session)
+            row = self._under_way[row.id] = replace(row, status="running", vm_id=vm.id)
+            self._rows.change(row)
+            timeout_s = min(math.inf if ask.timeout is None else ask.timeout, (vm.remaining_s() or 0.0) + BEYOND_S)
+            command = Execute.model_construct(
+                command=ask.command, session_id=session.id, language=ask.language, timeout=timeout_s
+            )
+            ended = _finished(row, (await self._executions.execute(tenant, command, kept.add, task=row.id)).outcome)
+            if (
+                ended.exit_code and vm.asked_why is not None
+            ):  # it was ended, and its last words came through all the same
+                return replace(ended, status="killed", reason=str(vm.asked_why))
+            return ended
+        except (SessionEnded, OutcomeUnknown) as exc:
+            if vm is not None and vm.lifecycle.why is None and vm.gone.is_set():
+                return None
+            why = None if vm is None else vm.lifecycle.why
+            row = replace(row, stdout=kept.text("stdout"), stderr=kept.text("stderr"))
+            return _ended(row, "killed", reason=str(why or exc.code), stderr=f"[instavm] {exc}\n")
+        except InstaVMError as exc:
+            return _ended(row, "failed", reason=exc.code, stderr=f"[instavm] {exc}\n")
+
+
+def _ended(row: TaskRow, status: str, *, reason: str, stderr: str) -> TaskRow:
+    return replace(row, status=status, reason=reason, stderr=row.stderr + stderr, finished_at=datetime.now(UTC))
+
+
+def _finished(row: TaskRow, outcome: Outcome) -> TaskRow:
+    word = "timeout" if outcome.timed_out else "failed" if outcome.exit_code else "completed"
+    out, err = _cut(outcome.stdout), _cut(outcome.stderr)
+    return replace(
+        row,
+        status=word,
+        reason=outcome.reason,
+        finished_at=datetime.now(UTC),
+        exit_code=outcome.exit_code,
+        stdout=out,
+        stderr=err,
+        truncated=outcome.truncated or (out, err) != (outcome.stdout, outcome.stderr),
+        execution_time_s=outcome.execution_time_s,
+        cpu_time_s=outcome.cpu_time_s,
+    )
+
+
+def _cut(text: str) -> str:
+    """Head and tail, `TASK_OUTPUT_BYTES` characters at most."""
+    half = limits.TASK_OUTPUT_BYTES // 2
+    over = len(text) - 2 * half
+    return text if over <= 0 else f"{text[:half]}\n… {over} characters left out …\n{text[-half:]}"

@@ -1,0 +1,122 @@
+"""VMs over the wire: the same sandboxes as those of sessions, named by their own id."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BeforeValidator, Field
+
+from instavm import limits
+from instavm.errors import UnsupportedOperationError
+from instavm.wire.base import Timestamp, Wire
+from instavm.wire.env import Env
+from instavm.wire.sessions import MemoryMib, Metadata, Vcpus, or_
+
+VmLifetimeS = Annotated[
+    int, or_(limits.LIFETIME_S_DEFAULT), Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)
+]
+"""The upper end is only what a date can hold: what is really allowed is a quota, refused in words of its own."""
+Flag = Annotated[bool, or_(False)]
+
+
+def _not_here(value: Any) -> Any:
+    if value:
+        raise UnsupportedOperationError("this server cannot do that when a VM is created")
+    return None
+
+
+NotHere = Annotated[None, BeforeValidator(_not_here)]
+"""Fields of the hosted service that change what a VM is: ignoring one would make a VM that nobody asked for."""
+
+
+class CreateVm(Wire):
+    """`POST /v1/vms`. `session_id`: make the VM in that session, which must have none."""
+
+    session_id: str | None = None
+    vm_lifetime_seconds: VmLifetimeS = limits.LIFETIME_S_DEFAULT
+    vcpu_count: Vcpus = limits.VCPUS_DEFAULT
+    memory_mb: MemoryMib = limits.MEMORY_MIB_DEFAULT
+    metadata: Metadata = Field(default_factory=dict)
+    env: Env = Field(default_factory=dict, repr=False)
+    snapshot_on_terminate: Flag = False
+    snapshot_name: str | None = Field(None, max_length=200)
+    auto_suspend: Flag = False
+    auto_resume: Flag = False
+    snapshot_id: NotHere = None
+    volumes: NotHere = None
+    vault_ids: NotHere = None
+    share: NotHere = None
+    custom_domain: NotHere = None
+
+    def options(self) -> dict[str, Any]:
+        """What is kept beside the sizes."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+
+OPTIONS = ("snapshot_on_terminate", "snapshot_name", "auto_suspend", "auto_resume")
+
+
+class UpdateVm(Wire):
+    """`PATCH /v1/vms/{id}`: what is left out stays. What cannot be changed is ignored; the answer tells what holds."""
+
+    metadata: Metadata | None = None
+    snapshot_on_terminate: bool | None = None
+    snapshot_name: str | None = Field(None, max_length=200)
+    auto_suspend: bool | None = None
+    auto_resume: bool | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+
+
+class Vm(Wire):
+    """A VM's record. `id` is `vm_id`; `terminated_at` is set once nothing of it is left."""
+
+    vm_id: str
+    id: str
+    session_id: UUID
+    status: str
+    reason: str | None = None
+    created_at: Timestamp
+    started_at: Timestamp | None = None
+    expires_at: Timestamp | None = None
+    terminated_at: Timestamp | None = None
+    vm_lifetime_seconds: int
+    vcpu_count: int
+    memory_mb: int
+    metadata: dict[str, Any]
+    env_keys: list[str]
+    snapshot_id: str | None = None
+    snapshot_on_terminate: bool = False
+    snapshot_name: str | None = None
+    auto_suspend: bool = False
+    auto_resume: bool = False
+    image_variant: str = "standard"
+    volumes: list[Any] = Field(default_factory=list)
+    vault_ids: list[str] = Field(default_factory=list)
+    ssh_host: str
+
+
+class Deleted(Wire):
+    """`status` is `terminated`."""
+
+    status: str = "terminated"
+    vm_id: str
+
+
+class StageEntry(Wire):
+    env_name: str
+    value: Any = Field(repr=False)
+
+
+class StageEnv(Wire):
+    """`POST /v1/vms/{id}/stage-env`. Values go into the guest and are kept nowhere else."""
+
+    entries: list[StageEntry] = Field(repr=False)
+
+
+class Staged(Wire):
+    status: str = "staged"
+    vm_id: str
+    env_keys: list[str]

@@ -1,0 +1,47 @@
+"""Languages other than Python, in a real sandbox."""
+
+import pytest
+
+from instavm.sandbox import Command
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_javascript_keeps_its_state_and_survives_its_timeouts(sandbox):
+    """One sandbox for all of it: Node takes seconds to start under emulation."""
+
+    async def js(code, timeout_s=60.0):
+        return await sandbox.node.execute(sandbox.vm_id, Command(code, "javascript", timeout_s))
+
+    assert (await js("const x = 20; let y = 1; function f() { return x + y }")).stdout == ""
+    assert (await js("f()")).stdout == "21\n"
+    assert (await js("await new Promise(done => setTimeout(() => done([1, {a: 2}]), 5))")).stdout == "[ 1, { a: 2 } ]\n"
+    assert (await js("const z = await Promise.resolve(9); z + 1")).stdout == "10\n"
+    printed = await js("console.log('out'); console.error('err')")
+    assert (printed.stdout, printed.stderr, printed.exit_code) == ("out\n", "err\n", 0)
+    assert (await js("require('fs').readFileSync('/etc/hostname', 'utf8').length > 1")).stdout == "true\n"
+    failed = await js("function bad() { throw new Error('mine') }\nbad()")
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("Uncaught Error: mine\n    at bad (cell7:1:")
+    assert "node:" not in failed.stderr and "eval" not in failed.stderr
+    assert "SyntaxError" in (await js("function (")).stderr
+    assert (await js("process.exit(3)")).exit_code == 3
+    for endless in ("while (true) {}", "await new Promise(() => {})"):
+        stopped = await js(endless, timeout_s=1)
+        assert (stopped.exit_code, stopped.reason) == (124, "timeout")
+    assert (await js("f()")).stdout == "21\n"
+    lost = await js("process.kill(process.pid, 'SIGKILL')")
+    assert (lost.exit_code, lost.signal, lost.reason) == (137, 9, "interpreter_crashed")
+    assert (await js("typeof f")).stdout == "'undefined'\n"
+
+
+async def test_a_language_that_the_image_lacks_is_127_and_a_clear_line(sandbox):
+    await sandbox.bash("rm /usr/bin/node /usr/bin/nodejs")
+    result = await sandbox.node.execute(sandbox.vm_id, Command("1", "javascript", 30))
+    assert (result.exit_code, result.reason) == (127, "interpreter_missing")
+    assert result.stderr == "node or nodejs: not found in this image\n"
+
+
+async def test_sh_is_a_language_too(sandbox):
+    result = await sandbox.node.execute(sandbox.vm_id, Command("echo $0; exit 4", "sh", 30))
+    assert (result.stdout, result.exit_code) == ("sh\n", 4)

@@ -1,0 +1,30 @@
+"""Running out of time: what was printed is told, what was started is gone, what was there before stays."""
+
+import pytest
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_children_of_the_cell_end_with_it_and_older_ones_stay(sandbox):
+    older = "import subprocess\nolder = subprocess.Popen(['sleep', '1001'])"
+    await sandbox.python(older)
+    stubborn = "subprocess.run('trap \"\" TERM INT; sleep 1002 & sleep 1003', shell=True)"
+    code = "x = 5\nprint('begun')\nprint('half', end='')\n" + stubborn
+    result = await sandbox.python(code, timeout_s=2)
+    assert (result.exit_code, result.reason, result.timed_out, result.stdout) == (124, "timeout", True, "begun\nhalf")
+    assert (await sandbox.bash("pgrep -fx 'sleep 100[23]'")).stdout == ""
+    assert (await sandbox.python("print(x, older.poll())")).stdout == "5 None\n"
+
+
+@pytest.mark.parametrize("loop", ["sum(range(10**12))", "import re; re.match('(a+)+$', 'a' * 64 + 'b')"])
+async def test_a_loop_in_c_is_stopped_one_way_or_the_other(sandbox, loop):
+    result = await sandbox.python("print('begun')\n" + loop, timeout_s=1)
+    assert (result.exit_code, result.reason, result.stdout) == (124, "timeout", "begun\n")
+    assert (await sandbox.python("print('next')")).stdout == "next\n"
+
+
+async def test_a_result_says_when_the_interpreter_was_lost_to_the_timeout(sandbox):
+    result = await sandbox.python("sum(range(10**12))", timeout_s=1)
+    assert "variables are gone" in result.stderr
+    await sandbox.python("'a new interpreter is up'")
+    assert (await sandbox.python("while True: pass", timeout_s=1)).stderr.count("variables are gone") == 0

@@ -1,0 +1,70 @@
+"""Sandboxes that were restored and warmed up ahead of a request: as good as any other, and never in the way."""
+
+import os
+import signal
+from pathlib import Path
+
+import anyio
+import pytest
+
+from instavm.node import inventory, machines
+from instavm.node.runtime import Runtime
+from instavm.sandbox import Command, SandboxSpec
+
+pytestmark = pytest.mark.anyio
+DRAW = "import os, random, socket; print(os.urandom(8).hex(), random.random(), socket.gethostname(), sorted(dir()))"
+ASK = Command(DRAW, "python", 60)
+
+
+@pytest.fixture
+async def node(settings, short_folder):
+    own = settings.model_copy(update={"state_dir": short_folder / "warm", "spare_machines": 0, "warm_machines": 2})
+    async with Runtime.open(own) as node:
+        yield node
+    assert inventory.take(own.state_dir) == inventory.Inventory(frozenset(), frozenset())
+
+
+async def until(condition):
+    with anyio.fail_after(60):
+        while not condition():
+            await anyio.sleep(0.02)
+
+
+def warm(node):
+    return [one for one in node._machines.prepared() if one.stage == "warm_machine"]
+
+
+async def test_the_pool_follows_demand_and_its_sandboxes_are_like_all_others(node):
+    """Asked for once, the next one is warm; two of them have nothing in common, and no trace of the warming up."""
+    cold = await node.start(SandboxSpec("vm-a", 2, 512))
+    assert "machine" in cold.steps_ms
+    await until(lambda: len(warm(node)) == 2)
+    told = []
+    for name in ("vm-b", "vm-c"):
+        started = await node.start(SandboxSpec(name, 2, 512, env={"NAME": name}))
+        assert "warm_machine" in started.steps_ms
+        told.append((await node.execute(name, ASK)).stdout.split(maxsplit=3))
+        assert (await node.execute(name, Command("echo $NAME", "bash", 60))).stdout == f"{name}\n"
+    assert told[0][0] != told[1][0] and told[0][1] != told[1][1]
+    assert [one[2] for one in told] == ["vm-b", "vm-c"]
+    plain = (await node.execute("vm-a", ASK)).stdout.split(maxsplit=3)
+    assert told[0][3] == told[1][3] == plain[3], "the warming up left something behind"
+
+
+async def test_one_that_died_while_it_waited_is_not_handed_out(node):
+    await node.start(SandboxSpec("vm-a", 2, 512))
+    await until(lambda: len(warm(node)) == 2)
+    dead = warm(node)[0].machine.pid
+    os.kill(dead, signal.SIGKILL)
+    await until(lambda: not os.path.exists(f"/proc/{dead}") or "Z" in Path(f"/proc/{dead}/stat").read_text().split()[2])
+    await node.start(SandboxSpec("vm-b", 2, 512))
+    assert (await node.execute("vm-b", Command("print(1)", "python", 60))).stdout == "1\n"
+
+
+async def test_an_unused_pool_is_drained(node, monkeypatch):
+    await node.start(SandboxSpec("vm-a", 2, 512))
+    await until(lambda: len(warm(node)) == 2)
+    monkeypatch.setattr(machines, "DEMAND_MEMORY_S", 0.05)
+    for shelf in node._machines._shelves.values():
+        shelf.changed.set()
+    await until(lambda: not warm(node))
