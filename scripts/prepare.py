@@ -73,9 +73,7 @@ def everything(extra: str) -> None:
 
 def debian_packages() -> None:
     """Install what is missing of PACKAGE_LIST."""
-    wanted = [
-        name for line in PACKAGE_LIST.read_text().splitlines() if (name := line.partition("#")[0].strip())
-    ]
+    wanted = [name for line in PACKAGE_LIST.read_text().splitlines() if (name := line.partition("#")[0].strip())]
     if not shutil.which("dpkg-query"):
         fail(f"This is not a Debian system. It needs the equivalents of: {' '.join(wanted)}")
     missing = [name for name in wanted if name not in _installed(wanted)]
@@ -163,11 +161,7 @@ def _installed(names: Sequence[str]) -> set[str]:
     shown = "${Package} ${db:Status-Status}\n"
     query = ["dpkg-query", "--show", "--showformat", shown, *names]
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    return {
-        name
-        for name, _, status in (line.partition(" ") for line in answer.splitlines())
-        if status == "installed"
-    }
+    return {name for name, _, status in (line.partition(" ") for line in answer.splitlines()) if status == "installed"}
 
 
 def _apt(command: Sequence[str], by_hand: str, before: Sequence[str] = ()) -> list[str]:

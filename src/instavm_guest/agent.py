@@ -75,7 +75,11 @@ class Agent:
         host = self._link.fileno()
         poll.register(host, select.POLLIN)
         while True:
-            deadline = min((t.next_deadline() for t in timers), default=None, key=lambda d: d or 1e18)
+            deadline = None
+            for timer in timers:
+                at = timer.next_deadline()
+                if at is not None and (deadline is None or at < deadline):
+                    deadline = at
             wait = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
             for fd, event in poll.poll(wait):
                 if fd == host:
@@ -121,6 +125,7 @@ class Agent:
             self._env.update(message["env"])
             self._identified = True
             self.answer(request, {})
+            self._interpreter.end_rehearsal()
         elif kind == frames.CONFIGURE:
             self._env.update(message["env"])
             self._cwd = message["cwd"]
@@ -151,7 +156,7 @@ class Agent:
             return
         if "task" in message and self._tasks.joined(message["task"], request):
             return
-        code, language, timeout_s = message["code"], message["language"], message["timeout"]
+        code, language, timeout_s = message["code"], message["language"], message["timeout_ms"] / 1000
         if "task" in message:
             if not code:
                 self.fail(request, "unknown_task", "this sandbox knows no such task")

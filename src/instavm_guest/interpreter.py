@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from instavm_guest import frames
 from instavm_guest.frames import Message
 from instavm_guest.programs import EXIT_MISSING, Output, Programs, memory_file, result
-from instavm_guest.worker import ANSWER, ANSWERED, ASK, CUT, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
+from instavm_guest.worker import ANSWER, ANSWERED, ASK, CUT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
@@ -109,6 +109,11 @@ class Interpreter:
         """This is another sandbox now. The worker hears it with its next cell, ahead of the cell's code."""
         self._fresh = FRESH
         self._new_env = dict(env)
+
+    def end_rehearsal(self) -> None:
+        """Or a sandbox that is never given a cell would go on with it forever."""
+        if self._line is not None and self._current is None:
+            self._line.sendall(ASK.pack(ENOUGH, 0, 0))
 
     def stage(self, env: dict[str, str]) -> None:
         """Variables for every cell from now on; the worker hears them with the next one."""

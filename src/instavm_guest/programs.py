@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import termios
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ ARGUMENT_MAX = 100 << 10
 """Longest script that goes as an argument; the kernel's own limit is 128 KiB (MAX_ARG_STRLEN)."""
 PIPE_BYTES = 1 << 20
 DRAIN_READS = 32
+_NONE = bytes(4)
+"""FIONREAD's answer for a pipe that is empty."""
 EXIT_TIMEOUT = 124
 EXIT_CANCELLED = 130
 EXIT_MISSING = 127
@@ -50,8 +53,9 @@ class Output:
     def drain(self) -> None:
         """Pass on what is in the pipe by now; bounded, since another process may go on writing."""
         for _ in range(DRAIN_READS):
-            if not self._ready(self._read):
+            if self._read < 0 or fcntl.ioctl(self._read, termios.FIONREAD, _NONE) == _NONE:
                 return
+            self._ready(self._read)
 
     def _ready(self, _fd: int) -> bool:
         try:
@@ -84,7 +88,7 @@ def result(
     restarted: bool = False,
 ) -> Message:
     """What became of a request, as DONE tells it. A negative `exit_code` is the signal that ended it."""
-    told: Message = {"wall": wall, "cpu": cpu, "peak_kib": peak_kib, "reason": reason}
+    told: Message = {"wall_us": int(wall * 1e6), "cpu_us": int(cpu * 1e6), "peak_kib": peak_kib, "reason": reason}
     if exit_code < 0:
         told["signal"] = -exit_code
     if cut:

@@ -39,6 +39,7 @@ OUTPUT = struct.Struct("!BI")
 ANSWER = struct.Struct("!BBiddQ")
 FRESH = 1  # first cell in a new sandbox: generators must not go on where the template's were
 REHEARSE = 2  # no cell; go through the motions of one, again and again, until the next request comes
+ENOUGH = 4  # no cell; only an end to the rehearsal
 ANSWERED, SHOWN = 0, 1  # first byte of what the worker sends
 CUT = 1  # a flag of an answer: outputs were dropped
 
@@ -438,6 +439,8 @@ def main(sources: dict[str, str]) -> None:
         if flags & REHEARSE:
             space.clean()
             rehearse(line, meter, streams)
+            continue
+        if flags & ENOUGH:
             continue
         if flags & FRESH:
             reseed()

@@ -66,12 +66,12 @@ class Identity:
     def take(self, message: Message) -> None:
         """Become someone of one's own. Raises OSError, KeyError or ValueError; then nobody may run.
 
-        message: `time` in seconds since the epoch, `entropy` hex of at least 32 bytes, `hostname`, `machine_id`, `boot_id`.
+        message: `time_ns` since the epoch, `entropy` hex of at least 32 bytes, `hostname`, `machine_id`, `boot_id`.
         """
         entropy = bytes.fromhex(message["entropy"])
         if len(entropy) < 32:
             raise ValueError("at least 32 bytes of entropy are needed")
-        time.clock_settime(time.CLOCK_REALTIME, message["time"])
+        time.clock_settime_ns(time.CLOCK_REALTIME, message["time_ns"])
         kernel.reseed(self._random, entropy)
         hostname = message["hostname"]
         socket.sethostname(hostname)

@@ -16,7 +16,7 @@ from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
 COMMAND = Command("print(1)", "python", 5)
-GOOD = {"exit_code": 0, "wall": 0.1, "cpu": 0.1, "reason": None}
+GOOD = {"exit_code": 0, "wall_us": 100, "cpu_us": 100, "reason": None}
 
 
 @asynccontextmanager
@@ -67,11 +67,12 @@ async def test_an_honest_answer_comes_through():
         {"exit_code": "0"},
         {"exit_code": 10**30},
         {"exit_code": None},
-        {"wall": -1},
-        {"wall": "soon"},
-        {"cpu": float("nan")},
-        {"cpu": float("inf")},
-        {"cpu": 10**400},
+        {"wall_us": -1},
+        {"wall_us": "soon"},
+        {"cpu_us": float("nan")},
+        {"cpu_us": float("inf")},
+        {"cpu_us": 0.5},
+        {"cpu_us": 10**400},
         {"reason": "because"},
         {"reason": {}},
         {"signal": 0},
@@ -93,7 +94,7 @@ async def test_an_answer_with_an_impossible_value_is_refused(lie):
         lambda n: frames.encode(frames.DONE, n, b"not json"),
         lambda n: frames.encode(frames.DONE, n, b"[" * 50_000),
         lambda n: frames.encode(frames.EXECUTE, n, b"{}"),
-        lambda n: frames.encode(frames.DONE, n, json.dumps({"wall": 1}).encode()),
+        lambda n: frames.encode(frames.DONE, n, json.dumps({"wall_us": 1}).encode()),
     ],
 )
 async def test_a_broken_frame_ends_the_line_with_a_typed_error(answer):

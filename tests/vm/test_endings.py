@@ -4,6 +4,7 @@ import os
 import signal
 
 import anyio
+import psutil
 import pytest
 
 from instavm.errors import OutcomeUnknown, SessionEnded
@@ -63,3 +64,13 @@ async def test_a_start_that_is_cancelled_leaves_nothing(node, start):
     with anyio.move_on_after(0.05):
         await start()
     assert node._live == {}
+
+
+async def test_a_sandbox_that_is_given_nothing_to_do_does_nothing(start):
+    """The rehearsal in which templates are saved ends when a clone has become somebody."""
+    sandbox = await start()
+    process = psutil.Process(sandbox.machine.pid)
+    await anyio.sleep(1)
+    before = sum(process.cpu_times()[:2])
+    await anyio.sleep(3)
+    assert sum(process.cpu_times()[:2]) - before < 1.0

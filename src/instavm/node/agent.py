@@ -23,7 +23,7 @@ from instavm_guest import frames
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
-SECONDS_MAX = 1e9
+MICROSECONDS_MAX = 10**15
 KIB_MAX = 1 << 40
 SIGNAL_MAX = 64
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
@@ -255,7 +255,7 @@ class Agent:
         message: dict[str, object] = {
             "code": command.code,
             "language": command.language,
-            "timeout": command.timeout_s,
+            "timeout_ms": int(command.timeout_s * 1000),
             "env": dict(command.env),
         }
         if command.task is not None:
@@ -369,8 +369,8 @@ def _outcome(request: Request) -> Outcome:
         stdout=out.text(),
         stderr=stderr,
         exit_code=exit_code,
-        execution_time_s=_seconds(answer.get("wall")),
-        cpu_time_s=_seconds(answer.get("cpu")),
+        execution_time_s=_seconds(answer.get("wall_us")),
+        cpu_time_s=_seconds(answer.get("cpu_us")),
         timed_out=reason == "timeout",
         truncated=bool(out.left_out or err.left_out or request.outputs.left_out or answer.get("cut")),
         reason=None if reason is None else str(reason),
@@ -403,6 +403,7 @@ def _kib(value: object) -> int:
 
 
 def _seconds(value: object) -> float:
-    if not isinstance(value, int | float) or not 0 <= value < SECONDS_MAX:
+    """Of what the guest tells in microseconds."""
+    if not isinstance(value, int) or not 0 <= value < MICROSECONDS_MAX:
         raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")
-    return float(value)
+    return value / 1e6

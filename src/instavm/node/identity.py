@@ -11,7 +11,7 @@ from collections.abc import Mapping
 def fresh(hostname: str, env: Mapping[str, str]) -> dict[str, object]:
     """The message that makes a clone someone of its own; contains secrets (entropy, env), so never logged."""
     return {
-        "time": time.time(),
+        "time_ns": time.time_ns(),
         "entropy": secrets.token_hex(64),
         "hostname": hostname,
         "machine_id": secrets.token_hex(16),

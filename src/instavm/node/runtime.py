@@ -248,7 +248,9 @@ class Runtime:
             log.warning("%s could not be adopted: %s", record.vm_id, exc)
             await anyio.to_thread.run_sync(remove_home, home)
             return
-        started = Started(record.vm_id, self._driver.name, self._driver.tier, cold=record.cold, steps_ms=record.steps_ms)
+        started = Started(
+            record.vm_id, self._driver.name, self._driver.tier, cold=record.cold, steps_ms=record.steps_ms
+        )
         self._adopted[record.vm_id] = await self._tasks.start(self._live_out, Sandbox(record.vm_id, prepared), started)
 
     async def _until_end(self, sandbox: Sandbox) -> None:

@@ -59,9 +59,7 @@ def test_this_hosts_sources_are_found(workshop):
 
 
 def test_another_distribution_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(
-        platform, "freedesktop_os_release", lambda: {"ID": "fedora", "PRETTY_NAME": "Fedora 40"}
-    )
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"ID": "fedora", "PRETTY_NAME": "Fedora 40"})
     with pytest.raises(HostNotReady, match="built on Debian; this host is Fedora 40"):
         archive.suite()
 

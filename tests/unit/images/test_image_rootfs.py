@@ -63,9 +63,7 @@ def test_languages_answer(inside, program):
 
 
 def test_versions_are_new_enough(inside):
-    python, node = inside(
-        "python -c 'import sys; print(sys.version_info[1])'; node -p process.versions.node"
-    ).split()
+    python, node = inside("python -c 'import sys; print(sys.version_info[1])'; node -p process.versions.node").split()
     assert int(python) >= 11
     assert int(node.split(".")[0]) >= 18
 
@@ -87,18 +85,15 @@ def test_pip_installs_without_a_virtual_environment(inside):
 
 
 def test_appuser_may_do_everything_without_a_password(inside):
-    assert inside(
-        "id -u appuser; getent passwd appuser | cut -d: -f6-7; visudo -qc; sudo -l -U appuser | tail -1"
-    ) == ("1000\n/home/appuser:/bin/bash\n    (ALL : ALL) NOPASSWD: ALL\n")
+    assert inside("id -u appuser; getent passwd appuser | cut -d: -f6-7; visudo -qc; sudo -l -U appuser | tail -1") == (
+        "1000\n/home/appuser:/bin/bash\n    (ALL : ALL) NOPASSWD: ALL\n"
+    )
     assert inside("stat -c '%U %a' /app /home/appuser") == "appuser 755\nappuser 755\n"
 
 
 def test_locales_and_names_are_sane(inside):
     assert inside("locale -a | sort") == "C\nC.utf8\nPOSIX\nen_US.utf8\n"
-    assert (
-        inside("getent hosts localhost | wc -l; cat /etc/hostname; wc -c < /etc/machine-id")
-        == "1\nsandbox\n0\n"
-    )
+    assert inside("getent hosts localhost | wc -l; cat /etc/hostname; wc -c < /etc/machine-id") == "1\nsandbox\n0\n"
     assert "nameserver" in inside("cat /etc/resolv.conf")
 
 
@@ -113,9 +108,7 @@ def test_nothing_of_the_build_or_its_host_is_left(inside):
 def test_the_disk_is_sparse_and_has_the_size_asked_for(image: Image):
     assert image.size_bytes == image.rootfs.stat().st_size
     assert image.rootfs.stat().st_blocks * 512 == image.used_bytes < 4 << 30
-    shown = subprocess.run(
-        ["dumpe2fs", "-h", image.rootfs], capture_output=True, text=True, check=True
-    ).stdout
+    shown = subprocess.run(["dumpe2fs", "-h", image.rootfs], capture_output=True, text=True, check=True).stdout
     assert "instavm-root" in shown
     assert "has_journal" not in shown
 
@@ -137,6 +130,4 @@ def test_a_digest_of_a_sparse_file_sees_data_but_not_how_zeros_are_stored(tmp_pa
         return path
 
     assert sparse_digest(file("a", write_zeros=True)) == sparse_digest(file("b", write_zeros=False))
-    assert sparse_digest(file("c", write_zeros=False, data=b"other")) != sparse_digest(
-        file("d", write_zeros=False)
-    )
+    assert sparse_digest(file("c", write_zeros=False, data=b"other")) != sparse_digest(file("d", write_zeros=False))

@@ -13,9 +13,7 @@ from instavm.node.images import workshop as tools
 
 def test_a_missing_tool_names_its_debian_package(monkeypatch):
     monkeypatch.setattr(tools, "_where", lambda tool: None)
-    with pytest.raises(
-        HostNotReady, match=r"missing on this host: mksquashfs, mke2fs; .* e2fsprogs squashfs-tools"
-    ):
+    with pytest.raises(HostNotReady, match=r"missing on this host: mksquashfs, mke2fs; .* e2fsprogs squashfs-tools"):
         tools.require("mksquashfs", "mke2fs")
 
 

@@ -51,9 +51,7 @@ def main() -> int:
     return 0
 
 
-def stage(
-    console: Console, name: str, make: Callable[[Progress], Result], describe: Callable[[Result], str]
-) -> Result:
+def stage(console: Console, name: str, make: Callable[[Progress], Result], describe: Callable[[Result], str]) -> Result:
     """Run one step with a live line of what it is at, then one line of what came of it."""
     began = said = time.monotonic()
     with console.status(f"{name} …") as live:

@@ -49,9 +49,7 @@ def suite() -> str:
     except OSError as exc:
         raise HostNotReady("this host has no /etc/os-release; images are built on Debian") from exc
     if release.get("ID") != "debian" or not release.get("VERSION_CODENAME"):
-        raise HostNotReady(
-            f"images are built on Debian; this host is {release.get('PRETTY_NAME', 'unknown')}"
-        )
+        raise HostNotReady(f"images are built on Debian; this host is {release.get('PRETTY_NAME', 'unknown')}")
     return release["VERSION_CODENAME"]
 
 

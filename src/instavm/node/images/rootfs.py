@@ -97,9 +97,7 @@ def ensure_image(shelf: Shelf, name: str, disk_gib: int, progress: Progress = si
     """Build the image unless it is there. Raises: HostNotReady, DiskFull."""
     key = image_key(name, disk_gib)
     return _at(
-        shelf.ensure(
-            key, lambda work: _make(work, name, key, disk_gib), needs_bytes=_NEEDS_BYTES, progress=progress
-        )
+        shelf.ensure(key, lambda work: _make(work, name, key, disk_gib), needs_bytes=_NEEDS_BYTES, progress=progress)
     )
 
 

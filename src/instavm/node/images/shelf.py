@@ -64,9 +64,7 @@ class Shelf:
     def prune(self, keep: int, min_age_s: float) -> None:
         """Remove all but the `keep` builds that `touch` saw last, sparing those it saw within `min_age_s`."""
         with _locked(self._folder / ".lock", silent):
-            builds = [
-                path for path in self._folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-            ]
+            builds = [path for path in self._folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
             builds.sort(key=lambda path: path.stat().st_mtime, reverse=True)
             for old in builds[keep:]:
                 if time.time() - old.stat().st_mtime > min_age_s:
@@ -118,9 +116,7 @@ def remove_tree(root: Path) -> None:
     Raises: HostNotReady when something stays mounted: what a mount shows is not ours to delete.
     """
     for mount in sorted(_mounts_below(root), reverse=True):
-        subprocess.run(
-            ["umount", "--lazy", "--no-canonicalize", mount], check=False, capture_output=True, timeout=60
-        )
+        subprocess.run(["umount", "--lazy", "--no-canonicalize", mount], check=False, capture_output=True, timeout=60)
     if stuck := _mounts_below(root):
         raise HostNotReady(f"{stuck[0]} is still mounted, so {root} is not removed; unmount it and try again")
     shutil.rmtree(root)

@@ -30,9 +30,7 @@ _BASE_NEEDS_BYTES: Final = 800 << 20
 _GUEST_NEEDS_BYTES: Final = 300 << 20
 
 _MERGED: Final = ("bin", "lib", "lib64", "sbin")
-_MERGE_USR: Final = " && ".join(
-    f'mkdir -p "$1/usr/{name}" && ln -s usr/{name} "$1/{name}"' for name in _MERGED
-)
+_MERGE_USR: Final = " && ".join(f'mkdir -p "$1/usr/{name}" && ln -s usr/{name} "$1/{name}"' for name in _MERGED)
 _FOLDERS: Final = ("dev", "etc", "proc", "run", "sandbox", "sys", "tmp", "var", "root")
 _UNUSED: Final = (
     "etc/apt",
@@ -70,9 +68,7 @@ def ensure_base(shelf: Shelf, kernel: Kernel, progress: Progress = silent) -> Pa
 
 def base_key() -> str:
     wanted = recipes.packages(recipes.recipe_dir("system"))
-    return recipes.key(
-        {"builder": _BASE_BUILDER, "kernel": kernel_key(), "packages": wanted, "unused": _UNUSED}
-    )
+    return recipes.key({"builder": _BASE_BUILDER, "kernel": kernel_key(), "packages": wanted, "unused": _UNUSED})
 
 
 def ensure_guest(shelf: Shelf, base: Path, kernel: Kernel, progress: Progress = silent) -> Path:
@@ -149,9 +145,7 @@ def _make_guest(work: Workshop, key: str, base: Path, kernel: Kernel) -> None:
         raise HostNotReady("the agent's source was edited while the system image was made of it; try again")
     parts = (kernel.bzimage, work.folder / INITRD, work.folder / SYSTEM)
     digest = hashlib.sha256("".join(_sha256(part) for part in parts).encode()).hexdigest()
-    (work.folder / DESCRIPTION).write_text(
-        json.dumps({"digest": digest, "kernel": kernel.version}, indent=2) + "\n"
-    )
+    (work.folder / DESCRIPTION).write_text(json.dumps({"digest": digest, "kernel": kernel.version}, indent=2) + "\n")
 
 
 def _sha256(path: Path) -> str:

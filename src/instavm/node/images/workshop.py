@@ -57,9 +57,7 @@ def check_host() -> None:
     Raises: HostNotReady.
     """
     if os.geteuid() != 0:
-        raise HostNotReady(
-            "building images takes root: run this once with sudo, the result is kept in the cache"
-        )
+        raise HostNotReady("building images takes root: run this once with sudo, the result is kept in the cache")
     require(*_PROVIDERS)
 
 
@@ -68,9 +66,7 @@ def require(*tools: str) -> None:
     missing = [tool for tool in tools if _where(tool) is None]
     if missing:
         wanted = " ".join(sorted({_PROVIDERS.get(tool, tool) for tool in missing}))
-        raise HostNotReady(
-            f"missing on this host: {', '.join(missing)}; install with: apt-get install {wanted}"
-        )
+        raise HostNotReady(f"missing on this host: {', '.join(missing)}; install with: apt-get install {wanted}")
 
 
 def _where(tool: str) -> str | None:
@@ -89,9 +85,7 @@ class Workshop:
     lock_fd: int
     progress: Progress = silent
 
-    def run(
-        self, *argv: str | Path, cwd: Path | None = None, isolated: bool = False, quiet: bool = False
-    ) -> str:
+    def run(self, *argv: str | Path, cwd: Path | None = None, isolated: bool = False, quiet: bool = False) -> str:
         """Run a tool to its end and return what it printed (stdout and stderr, UTF-8).
 
         The tool sees nothing of our environment but PATH, HOME and the proxies.
@@ -146,9 +140,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if name == "HOME" or name.lower().endswith("_proxy")
-    }
+    kept = {name: value for name, value in os.environ.items() if name == "HOME" or name.lower().endswith("_proxy")}
     return {**kept, "LC_ALL": "C.UTF-8", "PATH": f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"}
 
 
@@ -158,8 +150,6 @@ def _failure(command: Sequence[str], status: int, printed: Sequence[str]) -> Exc
     if "No space left on device" in text:
         return DiskFull(f"{command[0]} ran out of disk space:\n{tail}")
     why = (
-        "the package archive could not be reached"
-        if any(sign in text for sign in _UNREACHABLE)
-        else f"status {status}"
+        "the package archive could not be reached" if any(sign in text for sign in _UNREACHABLE) else f"status {status}"
     )
     return HostNotReady(f"{command[0]} failed ({why}); its last lines:\n{tail}")
