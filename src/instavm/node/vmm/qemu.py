@@ -33,7 +33,10 @@ QMP_TIMEOUT_S = 10.0
 
 CPU = {"kvm": "host", "tcg": "max,la57=off"}
 ACCELERATOR = {"kvm": "kvm", "tcg": f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"}
-KERNEL_ARGUMENTS = "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check psi=0 nowatchdog cgroup.memory=nokmem noautogroup"
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check "
+    "psi=0 nowatchdog cgroup.memory=nokmem noautogroup"
+)
 # norandmaps: the emulator keeps translated code by virtual address, so a program that is loaded at the same place again
 # need not be translated again; 7,000 blocks less for each bash. What it costs: docs/security.md.
 TIER_ARGUMENTS = {"kvm": "", "tcg": " norandmaps tsc=reliable clocksource=tsc tsc_early_khz={khz}"}
