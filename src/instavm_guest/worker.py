@@ -74,9 +74,6 @@ class Line:
     def discard(self, size: int) -> None:
         self._socket.recv(size)
 
-    def close(self) -> None:
-        self._socket.close()
-
     def waiting(self) -> bool:
         """Whether a request is there to be read."""
         return bool(select.select([self._socket], [], [], 0)[0])
@@ -482,6 +479,10 @@ def _interrupt_only_cells(space: Space) -> None:
     signal.signal(signal.SIGINT, interrupted)
 
 
+_PROPS: list[object] = []
+"""What a rehearsal stood on. Never closed: that would be the first thing a clone does, just when its first cell comes."""
+
+
 def rehearse(line: Line, meter: Meter, streams: Streams) -> None:
     """Go through the motions of a cell, into the void and a namespace of its own, until a request is there.
 
@@ -490,7 +491,9 @@ def rehearse(line: Line, meter: Meter, streams: Streams) -> None:
     """
     here, there = socket.socketpair()
     mirror, echo = Line(here.detach()), Line(there.detach())
-    kept, sys.stdout = sys.stdout, open(os.devnull, "w", buffering=1)
+    void = stream_on(moved_up(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)))
+    _PROPS.append((mirror, echo, void))
+    kept, sys.stdout = sys.stdout, void
     space = Space(mirror)
     try:
         while not line.waiting():
@@ -502,10 +505,7 @@ def rehearse(line: Line, meter: Meter, streams: Streams) -> None:
             perform(mirror, code, space, meter, streams)
             echo.discard(ANSWER.size)
     finally:
-        sys.stdout.close()
         sys.stdout = kept
-        mirror.close()
-        echo.close()
 
 
 if __name__ == "__main__":

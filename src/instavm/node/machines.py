@@ -40,6 +40,8 @@ WARM_MIB = 64
 REHEARSAL = (Command("print(1)", "python", 20), Command("print(1)", "python", 20))
 DEMAND_MEMORY_S = 60.0
 """Over how long the demand for a template is averaged; unused for a few times as long, its warm machines go."""
+QUIET_S = 0.4
+"""Machines are made ahead only after so long without a start: made during one, they cost it more than they save the next."""
 ADOPT_S = 8.0
 RECORD = "sandbox.json"
 
@@ -178,6 +180,9 @@ class Machines:
     async def _keep(self, template: Template, shelf: Shelf) -> None:
         while True:
             shelf.changed = anyio.Event()
+            with anyio.move_on_after(QUIET_S):
+                await shelf.changed.wait()
+                continue  # the next start has come already: leave the CPUs to it
             try:
                 await self._close_the_gap(template, shelf)
             except InstaVMError as exc:  # the edge of this task: whoever asks for a machine next is told the same
