@@ -42,14 +42,17 @@ def vmm_processes(folder: Path) -> Iterator[psutil.Process]:
 
 def running(folder: Path) -> dict[str, int]:
     """Machines under `folder` that run: name → pid."""
-    found = {}
-    for process in vmm_processes(folder):
-        try:
-            place = next(argument for argument in process.cmdline() if f"{folder}/" in argument)
-        except (psutil.NoSuchProcess, StopIteration):
-            continue
-        found[place.partition(f"{folder}/")[2].partition("/")[0]] = process.pid
-    return found
+    return {name: process.pid for process in vmm_processes(folder) if (name := _machine(process, folder)) is not None}
+
+
+def _machine(process: psutil.Process, folder: Path) -> str | None:
+    """The machine that a VMM process is; None when it has ended meanwhile."""
+    mark = f"{folder}/"
+    try:
+        place = next(argument for argument in process.cmdline() if mark in argument)
+    except (psutil.NoSuchProcess, StopIteration):
+        return None
+    return place.partition(mark)[2].partition("/")[0]
 
 
 def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
@@ -58,10 +61,9 @@ def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
     Only with the state directory's lock held.
     """
     folder = state_dir / "machines"
-    spared = {pid for name, pid in running(folder).items() if name in keep}
     ended = []
     for process in vmm_processes(folder):
-        if process.pid in spared:
+        if _machine(process, folder) in keep:
             continue
         try:
             pidfd = os.pidfd_open(process.pid)
