@@ -32,7 +32,8 @@ class Transfer:
         self.request = request
         self.line = line
         self.cgroup = cgroup
-        self.waiting: deque[bytes] = deque()
+        self.waiting: deque[tuple[bytes, bytes]] = deque()
+        """Packets for the courier: a letter and a payload."""
         self.credit = 0
 
 
@@ -50,10 +51,10 @@ class Files:
         elif (transfer := self._transfers.get(request)) is None:
             return  # it has ended, which the host hears or has heard
         elif kind == frames.DATA:
-            transfer.waiting.append(DATA + payload)
+            transfer.waiting.append((DATA, payload))
             self._pass_on(transfer)
         elif kind == frames.COMMIT:
-            transfer.waiting.append(COMMIT)
+            transfer.waiting.append((COMMIT, b""))
             self._pass_on(transfer)
         elif kind == frames.CREDIT:
             transfer.credit += frames.decode_json(payload)["bytes"]
@@ -99,13 +100,13 @@ class Files:
         taken = 0
         while transfer.waiting:
             try:
-                transfer.line.send(transfer.waiting[0])
+                transfer.line.sendmsg(transfer.waiting[0])
             except BlockingIOError:
                 break
             except OSError:
                 transfer.waiting.clear()  # it has ended; its last word is still to be read
                 break
-            taken += len(transfer.waiting.popleft()) - 1
+            taken += len(transfer.waiting.popleft()[1])
         if taken:
             self._agent.send(frames.TAKEN, transfer.request, json.dumps({"bytes": taken}).encode())
         self._watch(transfer)

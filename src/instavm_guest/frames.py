@@ -90,32 +90,49 @@ def decode_json(payload: bytes) -> Message:
 
 
 class Decoder:
-    """Bytes in, whole frames out. Holds at most one frame and what was read behind it."""
+    """Bytes in, whole frames out. Holds at most one frame and what was read behind it.
+
+    What belongs to a frame that is not whole yet is only collected; it is put together once, when the rest is there.
+    """
 
     def __init__(self, kinds: frozenset[int], payload_max: int) -> None:
         self._kinds = kinds
         self._payload_max = payload_max
-        self._buffer = bytearray()
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._needed = HEADER.size
 
     def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """Every frame that `data` completes, as (kind, request, payload). Raises FrameError."""
-        buffer = self._buffer
-        buffer += data
+        if self._pieces or len(data) < self._needed:
+            self._pieces.append(data)
+            self._size += len(data)
+            if self._size < self._needed:
+                return []
+            data = b"".join(self._pieces)
+            self._pieces.clear()
         frames: list[tuple[int, int, bytes]] = []
-        start = 0
-        while len(buffer) - start >= HEADER.size:
-            magic, kind, reserved, request, length = HEADER.unpack_from(buffer, start)
-            if magic != MAGIC or reserved != 0:
-                raise FrameError(f"bad magic {magic:#x} or reserved field {reserved}")
-            if kind not in self._kinds:
-                raise FrameError(f"kind {kind} is not allowed in this direction")
-            if length > self._payload_max:
-                raise FrameError(f"payload of {length} bytes; at most {self._payload_max} are allowed")
+        start, end = 0, len(data)
+        self._needed = HEADER.size
+        while end - start >= HEADER.size:
+            kind, request, length = self._header(data, start)
             body = start + HEADER.size
-            if len(buffer) - body < length:
+            if end - body < length:
+                self._needed += length
                 break
-            frames.append((kind, request, bytes(buffer[body : body + length])))
             start = body + length
-        if start:
-            del buffer[:start]
+            frames.append((kind, request, data[body:start]))
+        self._size = end - start
+        if start < end:
+            self._pieces.append(data[start:])
         return frames
+
+    def _header(self, data: bytes, start: int) -> tuple[int, int, int]:
+        magic, kind, reserved, request, length = HEADER.unpack_from(data, start)
+        if magic != MAGIC or reserved != 0:
+            raise FrameError(f"bad magic {magic:#x} or reserved field {reserved}")
+        if kind not in self._kinds:
+            raise FrameError(f"kind {kind} is not allowed in this direction")
+        if length > self._payload_max:
+            raise FrameError(f"payload of {length} bytes; at most {self._payload_max} are allowed")
+        return kind, request, length

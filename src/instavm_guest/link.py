@@ -9,6 +9,9 @@ import time
 
 PORT_NAME = "instavm.agent"
 VSOCK_PORT = 1024
+BUFFER = 4096
+"""What the guest's kernel hands out at once of a virtio-serial port: one buffer of this size."""
+READ_MAX = 256 << 10
 HOST_AWAY_S = 0.05
 """How long to wait before looking again whether the host has come back; the port has no event for it."""
 
@@ -24,8 +27,19 @@ class SerialLink:
 
     def read(self) -> bytes:
         """What has arrived; b"" when the host has gone away (it may come back)."""
+        data = self._read()
+        if len(data) < BUFFER:
+            return data
+        pieces, size = [data], len(data)
+        while len(data) == BUFFER and size < READ_MAX:  # a full buffer: more is likely there already
+            data = self._read()
+            pieces.append(data)
+            size += len(data)
+        return b"".join(pieces)
+
+    def _read(self) -> bytes:
         try:
-            return os.read(self._fd, 65536)
+            return os.read(self._fd, BUFFER)
         except BlockingIOError:
             return b""
 
