@@ -52,7 +52,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         docs_url="/docs",
         redoc_url=None,
     )
-    for part in (health, users, keys, sessions, vms, executions, streams, tasks, files):
+    for part in (executions, sessions, tasks, files, streams, vms, health, users, keys):  # looked through in this order
         app.include_router(part.router)
     return app
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from instavm.errors import HostNotReady
 
@@ -37,10 +37,10 @@ class Traffic:
         self.quiet_since = time.monotonic()
 
 
-def private_protocol(traffic: Traffic) -> type[H11Protocol]:
+def private_protocol(traffic: Traffic) -> type[HttpToolsProtocol]:
     """HTTP for a private socket: counts connections, and closes those of other users at once."""
 
-    class PrivateProtocol(H11Protocol):
+    class PrivateProtocol(HttpToolsProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             traffic.came()
             super().connection_made(transport)

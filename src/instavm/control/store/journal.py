@@ -1,8 +1,8 @@
 """The one writer. Statements are written in the order they were appended, many in one transaction.
 
 Running sandboxes never wait for the disk: what must be durable before an answer goes out waits with
-`written`, all else is appended and forgotten. While the database is locked or the disk is full, statements
-queue up and are written once it is well again.
+`written`, all else is appended and forgotten, and gathered for a moment first. While the database is locked or
+the disk is full, statements queue up and are written once it is well again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from instavm.control.store.engine import Engine
 log = logging.getLogger(__name__)
 
 BATCH: Final = 256
+LINGER_S: Final = 0.1
+"""How long writes that nobody waits for are gathered, so that a busy session's counts become one transaction."""
 RETRY_S: Final = 0.5
 """Pause before a locked database is tried again; SQLite has no way to be told when the lock is gone."""
 
@@ -42,6 +44,7 @@ class Journal:
         self._appended = 0
         self._done = 0
         self._work = anyio.Event()
+        self._awaited = anyio.Event()
         self._progress = anyio.Event()
 
     def append(self, *writes: Write) -> int:
@@ -55,13 +58,16 @@ class Journal:
         """Wait until everything up to `mark` is in the database; None = everything appended so far."""
         upto = self._appended if mark is None else mark
         while self._done < upto:
+            self._awaited.set()
             await self._progress.wait()
 
     async def run(self) -> None:
         """Write for ever. Owned by the store; ends by being cancelled."""
         while True:
             await self._work.wait()
-            self._work = anyio.Event()
+            with anyio.move_on_after(LINGER_S):
+                await self._awaited.wait()
+            self._work, self._awaited = anyio.Event(), anyio.Event()
             while self._waiting:
                 await self._write([self._waiting[i] for i in range(min(BATCH, len(self._waiting)))])
 
