@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_MS: Final = 5_000
 THREADS: Final = 4
+CACHE_KIB: Final = 512
+"""Pages that each connection keeps; SQLite's own 2 MiB are more than a server's rows in use."""
 
 
 class Engine:
@@ -52,6 +54,7 @@ def _pragmas(connection: Any, _record: object) -> None:
         "synchronous=NORMAL",
         f"busy_timeout={BUSY_TIMEOUT_MS}",
         "foreign_keys=ON",
+        f"cache_size=-{CACHE_KIB}",
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
