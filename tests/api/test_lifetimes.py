@@ -119,7 +119,7 @@ async def test_sandboxes_of_a_server_that_was_killed_are_lost(tmp_path):
             open_store(tmp_path / "db") as after,
             open_control(empty, after, LocalAccounts(after.accounts)),
         ):
-            _, vm = await after.sessions.load(session_id)
+            _, vm = await after.sessions.load("local", session_id)
             assert (vm.state, vm.why) == (State.ENDED, EndReason.NODE_LOST)
 
 
@@ -158,7 +158,7 @@ async def test_a_locked_database_stops_no_running_sandbox(tmp_path):
             assert ran.outcome.stdout == "1\n"
         other.rollback()
         other.close()
-        row, _ = await store.sessions.load(session.id)
+        row, _ = await store.sessions.load(session.row.tenant_id, session.id)
         assert row.usage.execution_count == 4
 
 

@@ -84,7 +84,7 @@ class Sessions:
         session_id: set aside for it; when a server that is no more has made it already, it is that one.
         Raises: ForbiddenError, QuotaExceededError, NoCapacity; then nothing was made.
         """
-        if session_id is not None and (made := await self._recall(session_id)) is not None:
+        if session_id is not None and (made := await self._recall(tenant, session_id)) is not None:
             return made
         self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, ask.vm_lifetime_seconds)
         row = SessionRow(
@@ -108,9 +108,11 @@ class Sessions:
         return session
 
     async def get(self, tenant: Tenant, session_id: str) -> Session:
-        """Raises: SessionNotFound, also for a session of somebody else: they look the same from outside."""
-        session = self._known.get(_canonical(session_id)) or await self._recall(_canonical(session_id))
+        """Raises: SessionNotFound, also for a session of somebody else: it looks the same from outside, and takes as long."""
+        session = self._known.get(_canonical(session_id))
         if session is None or session.row.tenant_id != tenant.id:
+            session = await self._recall(tenant, _canonical(session_id))
+        if session is None:
             raise SessionNotFound(f"there is no session {session_id[:80]}")
         session.tenant = tenant
         return session
@@ -120,8 +122,8 @@ class Sessions:
         vm = self._vms.get(vm_id)
         if vm is not None and vm.tenant_id == tenant.id:
             return await self.get(tenant, vm.session_id), vm.row()
-        found = await self._rows.by_vm(vm_id)
-        if found is None or found[0].tenant_id != tenant.id:
+        found = await self._rows.by_vm(tenant.id, vm_id)
+        if found is None:
             raise NotFound(f"there is no VM {vm_id[:80]}")
         return await self.get(tenant, found[0].id), found[1]
 
@@ -211,8 +213,8 @@ class Sessions:
         self._remember(session)
         return session.vm
 
-    async def _recall(self, session_id: str) -> Session | None:
-        found = await self._rows.load(session_id)
+    async def _recall(self, tenant: Tenant, session_id: str) -> Session | None:
+        found = await self._rows.load(tenant.id, session_id)
         if found is None:
             return None
         session = Session(found[0], past=found[1])

@@ -84,8 +84,10 @@ class Tasks:
 
     async def get(self, tenant: Tenant, task_id: str) -> TaskRow:
         """Raises: NotFound, also for a task of somebody else."""
-        row = self._under_way.get(task_id) or await self._rows.load(task_id)
+        row = self._under_way.get(task_id)
         if row is None or row.tenant_id != tenant.id:
+            row = await self._rows.load(tenant.id, task_id)
+        if row is None:
             raise NotFound(f"there is no task {task_id[:80]}")
         return row
 

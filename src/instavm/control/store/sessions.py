@@ -88,10 +88,10 @@ class SessionRows:
         self._engine = engine
         self._journal = journal
 
-    async def load(self, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
-        """A session and its latest sandbox. What is still queued is written first."""
+    async def load(self, tenant_id: str, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+        """A session of this tenant and its latest sandbox. What is still queued is written first."""
         await self._journal.written()
-        return await self._engine.run(lambda connection: _load(connection, session_id))
+        return await self._engine.run(lambda connection: _load(connection, tenant_id, session_id))
 
     async def events(self, session_id: str) -> list[tuple[str, str | None, str | None]]:
         """`(event, vm_id, reason)` in the order they happened."""
@@ -158,9 +158,10 @@ class SessionRows:
         mine = sessions.c.tenant_id == tenant_id
         return await self._engine.run(lambda connection: _joined(connection, mine, limit))
 
-    async def by_vm(self, vm_id: str) -> tuple[SessionRow, VmRow] | None:
+    async def by_vm(self, tenant_id: str, vm_id: str) -> tuple[SessionRow, VmRow] | None:
+        mine = (vms.c.id == vm_id) & (sessions.c.tenant_id == tenant_id)
         await self._journal.written()
-        found = await self._engine.run(lambda connection: _joined(connection, vms.c.id == vm_id))
+        found = await self._engine.run(lambda connection: _joined(connection, mine))
         return found[0] if found else None
 
     def lose_vm(self, row: VmRow, why: EndReason, detail: str) -> None:
@@ -183,8 +184,9 @@ def _joined(
     return [(owners[row.session_id], _vm(row)) for row in found]
 
 
-def _load(connection: Connection, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
-    row = connection.execute(select(sessions).where(sessions.c.id == session_id)).one_or_none()
+def _load(connection: Connection, tenant_id: str, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+    mine = (sessions.c.id == session_id) & (sessions.c.tenant_id == tenant_id)
+    row = connection.execute(select(sessions).where(mine)).one_or_none()
     if row is None:
         return None
     latest = select(vms).where(vms.c.session_id == session_id).order_by(vms.c.created_at.desc()).limit(1)

@@ -60,9 +60,9 @@ class TaskRows:
         values = asdict(row)
         self._journal.append(Write(CHANGE_TASK, {"key": values.pop("id"), **values}))
 
-    async def load(self, task_id: str) -> TaskRow | None:
+    async def load(self, tenant_id: str, task_id: str) -> TaskRow | None:
         await self._journal.written()
-        ask = select(tasks).where(tasks.c.id == task_id)
+        ask = select(tasks).where((tasks.c.id == task_id) & (tasks.c.tenant_id == tenant_id))
         row = await self._engine.run(lambda connection: connection.execute(ask).one_or_none())
         return None if row is None else _task(row)
 
