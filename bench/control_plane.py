@@ -18,8 +18,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import report
 from instavm import InstaVM
+from instavm.bench import report
 from instavm.sandbox import (
     Command,
     Ended,
@@ -109,7 +109,7 @@ def whole() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "control_plane.json")
     options = parser.parse_args()
     facts = report.machine()
     with tempfile.TemporaryDirectory(prefix="instavm-bench-") as home:
@@ -124,7 +124,7 @@ def main() -> None:
             results = measure(options.calls)
         finally:
             os.kill(int(Settings().server_lock.read_text()), signal.SIGTERM)
-    print(report.write("control_plane", facts, results, options.json))
+    report.finish(options.json, facts, results)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import psutil
 
-import report
 from instavm import InstaVM
+from instavm.bench import report
+from instavm.bench.host import KEY, server
 from instavm.settings import Settings
-from start import KEY, server
 
 MEGABYTES = 100
 CELLS = (
@@ -99,7 +99,7 @@ def peak_mib() -> Iterator[list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "execute.json")
     asked = parser.parse_args()
     facts = report.machine()
     times: dict[str, list[float]] = {}
@@ -107,7 +107,7 @@ def main() -> None:
         times |= round_trips(vm, asked.count)
         times |= first_bytes(vm, asked.count)
         times |= flood(vm)
-    print(report.write("execute", facts, {name: report.spread(of) for name, of in times.items()}, asked.json))
+    report.finish(asked.json, facts, {name: report.spread(of) for name, of in times.items()})
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import report
 from instavm import InstaVM
+from instavm.bench import report
+from instavm.bench.host import KEY, server
 from instavm.settings import Settings
-from start import KEY, server
 
 PIECE = 1 << 20
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--memory", type=int, default=512)
-    parser.add_argument("--json", type=Path, default=report.RESULTS / "files.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "files.json")
     asked = parser.parse_args()
     facts = report.machine()
     with server():

@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-import report
 from instavm import InstaVM
+from instavm.bench import report
+from instavm.bench.host import KEY, server
 from instavm.node import inventory
 from instavm.settings import Settings
-from start import KEY, server
 
 
 def cycle() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--warm-up", type=int, default=250)
-    parser.add_argument("--json", type=Path, default=report.RESULTS / "soak.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "soak.json")
     asked = parser.parse_args()
     facts = report.machine()
     with server():

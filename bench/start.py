@@ -12,47 +12,20 @@ comparison: the same image booted cold, and a new `python3 -c` on the host as th
 from __future__ import annotations
 
 import argparse
-import os
-import select
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import report
 from instavm import InstaVM
+from instavm.bench import report
+from instavm.bench.host import KEY, server
 from instavm.settings import Settings
 
-KEY = "bench"
 SETTLED_S = 4.0
 """After a start the node makes spare machines in the quiet that follows; round trips are measured when that is over."""
-
-
-@contextmanager
-def server(**settings: object) -> Iterator[None]:
-    """An embedded server of its own, on the machine's images and templates; gone with the block."""
-    with tempfile.TemporaryDirectory(prefix="ivm-bench-") as home:
-        chosen = {"state_dir": f"{home}/state", "runtime_dir": f"{home}/run", **settings}
-        names = {f"INSTAVM_{name.upper()}": str(value) for name, value in chosen.items()}
-        os.environ.update(names)
-        os.environ.pop("INSTAVM_BASE_URL", None)
-        try:
-            yield
-        finally:
-            lock = Path(home) / "state" / "server.lock"
-            if lock.exists():
-                pid = int(lock.read_text())
-                pidfd = os.pidfd_open(pid)
-                os.kill(pid, signal.SIGTERM)
-                select.select([pidfd], [], [])
-                os.close(pidfd)
-            for name in names:
-                del os.environ[name]
 
 
 def starts(count: int, vcpus: int, memory_mib: int, *, apart_s: float = 0.0) -> dict[str, list[float]]:
@@ -123,7 +96,7 @@ def main() -> None:
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--memory", type=int, default=512)
     parser.add_argument("--cold", type=int, default=3, help="how many templates to boot for the comparison")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "start.json")
     asked = parser.parse_args()
     facts = {**report.machine(), "vcpus": asked.vcpus, "sandbox_memory_mib": asked.memory}
     results: dict[str, dict[str, float]] = {}
@@ -140,7 +113,7 @@ def main() -> None:
             results[f"warm machines, {name.strip()}"] = report.spread(times)
     for name, times in (*templates_made(asked.cold, asked.vcpus, asked.memory).items(), *floor(30).items()):
         results[name] = report.spread(times)
-    print(report.write("start", facts, results, asked.json))
+    report.finish(asked.json, facts, results)
 
 
 if __name__ == "__main__":

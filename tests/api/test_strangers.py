@@ -9,8 +9,8 @@ from instavm.control.control import open_control
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
 from instavm.errors import NotFound, SessionNotFound
-from instavm.wire.tasks import ExecuteAsync
 from instavm.wire.sessions import CreateSession
+from instavm.wire.tasks import ExecuteAsync
 
 OWNER, STRANGER = Tenant("local", "owner", None), Tenant("stranger", "stranger", None)
 

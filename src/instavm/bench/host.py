@@ -1,0 +1,52 @@
+"""A server for one measurement: of its own, on the images and templates that the machine has."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from instavm.settings import Settings
+
+KEY: Final = "bench"
+
+
+@contextmanager
+def server(**settings: object) -> Iterator[Settings]:
+    """Programs in this process that name no server get this one; it is gone with the block.
+
+    settings: of the server, as in `Settings`.
+    """
+    with tempfile.TemporaryDirectory(prefix="ivm-bench-") as home:
+        chosen = {"state_dir": f"{home}/state", "runtime_dir": f"{home}/run", **settings}
+        names = {f"INSTAVM_{name.upper()}": str(value) for name, value in chosen.items()}
+        before = {name: os.environ.get(name) for name in (*names, "INSTAVM_BASE_URL")}
+        os.environ.update(names)
+        os.environ.pop("INSTAVM_BASE_URL", None)
+        here = Settings()
+        try:
+            yield here
+        finally:
+            _end(here.server_lock)
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _end(lock: Path) -> None:
+    if not lock.exists():
+        return
+    pid = int(lock.read_text())
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGTERM)
+        select.select([pidfd], [], [])
+    finally:
+        os.close(pidfd)
