@@ -1,0 +1,180 @@
+"""Control's side: a `Node` whose every method is asked of a process at the other end of a socket."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, cast
+
+import anyio
+
+from instavm.border.calls import ENDED, METHODS, Bytes, Callback, Method, Value, dumped, load_error, loaded
+from instavm.border.flow import Receiving, Sending
+from instavm.border.link import Kind, Link, linked
+from instavm.control.node import Node
+from instavm.errors import InstaVMError, OutcomeUnknown
+from instavm.node.doctor import host_memory
+from instavm.sandbox import Ended, HostMemory
+
+UNWIND_S: Final = 30.0
+"""How long a call that was cancelled may take to undo what it has begun."""
+
+
+class Asked:
+    """A call, until it is answered."""
+
+    def __init__(self, method: Method, given: dict[str, Any], used: Callable[[int], None]) -> None:
+        self.method = method
+        self.given = given
+        self.done = anyio.Event()
+        self.result: Any = None
+        self.error: InstaVMError | None = None
+        self.outgoing = Sending()
+        self.incoming = Receiving(used)
+
+    def answer(self, result: Any) -> None:
+        self.result = result
+        self.incoming.end()
+        self.done.set()
+
+    def fail(self, error: InstaVMError) -> None:
+        self.error = error
+        self.incoming.end(error)
+        self.done.set()
+
+
+class RemoteNode:
+    """Its methods are those of `Node`; what they raise is what the node raised, or OutcomeUnknown when it is gone."""
+
+    link: Link
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, Asked] = {}
+        self._on_end: Callable[[Ended], None] = lambda ended: None
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = METHODS.get(name)
+        if method is None:
+            raise AttributeError(name)
+        if isinstance(method.returns, Bytes):
+            return lambda *args, **named: self._stream(method, method.bound(*args, **named))
+        returns = method.returns
+        return lambda *args, **named: self._ask(method, returns, method.bound(*args, **named))
+
+    def on_end(self, callback: Callable[[Ended], None]) -> None:
+        self._on_end = callback
+
+    def memory(self) -> HostMemory:
+        """The node is on this host."""
+        return host_memory()
+
+    def take(self, kind: Kind, number: int, body: Any) -> None:
+        """Raises ValueError, TypeError: it is no message that a node sends."""
+        if kind is Kind.ENDED:
+            self._on_end(loaded(ENDED, body))
+            return
+        asked = self._asked.get(number)
+        if asked is None:
+            return
+        if kind is Kind.RESULT:
+            asked.answer(body)
+        elif kind is Kind.ERROR:
+            asked.fail(OutcomeUnknown("the node broke the call off") if body is None else load_error(body))
+        elif kind is Kind.TOLD:
+            name, told = body
+            parameter = asked.method.parameters[name]
+            assert isinstance(parameter, Callback)
+            asked.given[name](*loaded(parameter, told))
+        elif kind is Kind.ITEM:
+            asked.incoming.put(body)
+        elif kind is Kind.MORE:
+            asked.outgoing.more(int(body))
+        else:
+            raise ValueError(f"kind {kind} from the node")
+
+    def lost(self) -> None:
+        """The node is gone: whoever waits is told."""
+        for asked in list(self._asked.values()):
+            asked.fail(OutcomeUnknown("the node is gone; what it was asked may or may not have happened"))
+
+    @asynccontextmanager
+    async def _call(self, method: Method, given: dict[str, Any]) -> AsyncIterator[Asked]:
+        """A call that has been sent; what has not been answered when the block ends is cancelled and waited for."""
+        if self.link.closed.is_set():
+            raise OutcomeUnknown("the node is gone")
+        number = next(self._numbers)
+        asked = self._asked[number] = Asked(method, given, lambda size: self.link.send(Kind.MORE, number, size))
+        sources = [given[name] for name, kind in method.parameters.items() if isinstance(kind, Bytes)]
+        self.link.send(Kind.CALL, number, (method.name, self._plain(method, given)))
+        try:
+            if sources:
+                async with anyio.create_task_group() as tasks:
+                    for source in sources:
+                        tasks.start_soon(self._send, number, asked, source)
+                    yield asked
+                    tasks.cancel_scope.cancel()
+            else:  # without a task group around it, so that a stream may be read by one task and then another
+                yield asked
+        finally:
+            if not asked.done.is_set():
+                self.link.send(Kind.CANCEL, number)
+                with anyio.move_on_after(UNWIND_S, shield=True):
+                    await asked.done.wait()
+            del self._asked[number]
+
+    async def _ask(self, method: Method, returns: Value, given: dict[str, Any]) -> Any:
+        try:
+            async with self._call(method, given) as asked:
+                await asked.done.wait()
+        except ExceptionGroup as group:  # what the caller's own stream raised
+            raise group.exceptions[0] from None
+        if asked.error is not None:
+            raise asked.error
+        return loaded(returns, asked.result)
+
+    async def _stream(self, method: Method, given: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        async with self._call(method, given) as asked:
+            pieces = aiter(asked.incoming)
+            while (piece := await anext(pieces, None)) is not None:
+                yield piece
+
+    async def _send(self, number: int, asked: Asked, source: AsyncIterator[bytes]) -> None:
+        whole = False
+        try:
+            async for piece in asked.outgoing.pieces(source):
+                self.link.send(Kind.PIECE, number, piece)
+            whole = True
+        finally:
+            self.link.send(Kind.PIECE, number, whole)
+
+    def _plain(self, method: Method, given: dict[str, Any]) -> dict[str, Any]:
+        plain: dict[str, Any] = {}
+        for name, kind in method.parameters.items():
+            if isinstance(kind, Value):
+                plain[name] = dumped(kind, given[name])
+            else:
+                plain[name] = given[name] is not None
+        return plain
+
+
+@asynccontextmanager
+async def connected(end: socket.socket, lost: Callable[[], None] = lambda: None) -> AsyncIterator[Node]:
+    """The node at the other end, for as long as the block lasts. `lost` is called when it goes before that."""
+    remote = RemoteNode()
+    remote.link = await linked(end, remote.take)
+
+    async def watch() -> None:
+        await remote.link.closed.wait()
+        remote.lost()
+        lost()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        try:
+            yield cast(Node, remote)
+        finally:
+            tasks.cancel_scope.cancel()
+            remote.link.close()
