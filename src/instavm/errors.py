@@ -19,6 +19,7 @@ InstaVMError
 ├── RateLimitError          try again later
 │   └── NoCapacity          the host is full
 ├── HostNotReady            this host lacks something: says what, and how to get it
+│   └── ServerStopping         the server is about to end and begins nothing any more: repeat the call at the next one
 ├── BootFailed              the sandbox did not come up; nothing of it is left
 │   └── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
 ├── DiskFull                the host's disk, or the sandbox's own: the text says which
@@ -126,6 +127,10 @@ class NoCapacity(RateLimitError):
 
 class HostNotReady(InstaVMError):
     code = "host_not_ready"
+
+
+class ServerStopping(HostNotReady):
+    code = "server_stopping"
 
 
 class BootFailed(InstaVMError):

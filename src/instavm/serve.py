@@ -1,6 +1,7 @@
 """Puts the server together: settings → node → store → app → HTTP. The only place where control and node meet.
 
-`instavm serve` runs it in the foreground; the SDK starts `python -m instavm.serve --embedded`.
+`instavm serve` runs it in the foreground; the SDK starts `python -m instavm.serve --embedded`. Either is the node's process,
+which starts control's (`python -m instavm.serve --control`) and serves it the node.
 """
 
 from __future__ import annotations
@@ -9,26 +10,19 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from types import FrameType
 from typing import Final
 
 import anyio
-import uvicorn
-from fastapi import FastAPI
 
+from instavm.border import host, remote
 from instavm.control import listen, locks
-from instavm.control.app import control_of, create_app
+from instavm.control.listen import Listener
 from instavm.control.node import Node
-from instavm.control.quotas import Policy
-from instavm.control.store.database import open_store
-from instavm.errors import InstaVMError
+from instavm.errors import HostNotReady, InstaVMError
 from instavm.log import to_file, to_stderr
 from instavm.settings import Settings
 from instavm.wire.errors import Problem
@@ -38,21 +32,7 @@ log = logging.getLogger(__name__)
 OpenNode = Callable[[Settings], AbstractAsyncContextManager[Node]]
 
 SWITCH_S: Final = 0.0005
-GRACE_S: Final = 10
-"""How long calls that are still running when the server stops may take to be answered."""
-KEEP_ALIVE_S: Final = 75
-KEEP_ALIVE_EMBEDDED_S: Final = 10**9
-"""An open connection is how the embedded server knows that a client is there, so it never closes one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Listener:
-    """Where to serve. `private`: a socket that only its owner can open; any API key means the local user."""
-
-    socket: socket.socket
-    private: bool
-    ends_when_idle: bool = False
-    traffic: listen.Traffic = field(default_factory=listen.Traffic)
+CONTROL: Final = (sys.executable, "-m", "instavm.serve", "--control")
 
 
 def runtime(settings: Settings) -> AbstractAsyncContextManager[Node]:
@@ -63,118 +43,23 @@ def runtime(settings: Settings) -> AbstractAsyncContextManager[Node]:
 
 
 async def serve(
-    settings: Settings,
-    listener: Listener,
-    *,
-    open_node: OpenNode = runtime,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
+    settings: Settings, listener: Listener, *, open_node: OpenNode = runtime, ready: Callable[[], None] = lambda: None
+) -> int:
     """Serve until SIGTERM or SIGINT, or (`ends_when_idle`) until nobody needs it. All sandboxes end then, but
     for those that `on_shutdown` says to leave.
 
     ready: called once, when calls are answered.
+    Returns: control's exit status, 0 when it ended as it should.
     Raises: HostNotReady, and whatever the node says when it cannot be opened.
     """
-    sys.setswitchinterval(SWITCH_S)
-    with locks.only_server(settings.server_lock):
-        async with open_node(settings) as node, open_store(settings.database) as store:
-            policy = Policy.of_one_user(settings) if listener.private else Policy.of(settings)
-            app = create_app(node, store, private=listener.private, policy=policy)
-            server = Server(http_config(app, listener), ready)
-            async with anyio.create_task_group() as tasks:
-                leaves = settings.on_shutdown == "leave" and not listener.ends_when_idle
-                await tasks.start(_until_signal, server, app, listener, leaves)
-                if listener.ends_when_idle:
-                    tasks.start_soon(_until_idle, settings, server, app, listener)
-                await server.serve(sockets=[listener.socket])
-                tasks.cancel_scope.cancel()
-
-
-class Server(uvicorn.Server):
-    """Tells when it answers, and leaves signals to us."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if not self.should_exit:
-            self._ready()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        raise AssertionError("no signal is routed here")
-
-
-def http_config(app: FastAPI, listener: Listener) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        http=listen.private_protocol(listener.traffic) if listener.private else "auto",
-        ws="none",
-        lifespan="on",
-        loop="asyncio",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        backlog=listen.BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE_EMBEDDED_S if listener.private else KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-
-
-async def _until_signal(
-    server: Server,
-    app: FastAPI,
-    listener: Listener,
-    leaves: bool,
-    *,
-    task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
-) -> None:
-    """The first signal ends the sandboxes (or leaves them), and so every call that waits for one; a second ends at once."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            if server.should_exit:
-                server.force_exit = True
-                return
-            server.should_exit = True
-            _take_no_more(server, listener)
-            if server.started:
-                control = control_of(app)
-                await (control.leave() if leaves else control.stop())
-
-
-def _take_no_more(server: Server, listener: Listener) -> None:
-    """Whoever comes now finds nobody here, and starts a server of their own if they can."""
-    listen.forget(listener.socket)
-    for one in server.servers if server.started else ():
-        one.close()
-
-
-async def _until_idle(settings: Settings, server: Server, app: FastAPI, listener: Listener) -> None:
-    """End the server after `idle_exit_s` without a connection and without a sandbox.
-
-    The start lock is taken first and kept until the process is gone: a client that comes just then finds no
-    socket, waits for the lock, and starts a new server.
-    """
-    traffic, last_use = listener.traffic, time.monotonic()
-    while True:
-        await anyio.sleep(max(0.0, max(last_use, traffic.quiet_since) + settings.idle_exit_s - time.monotonic()))
-        if not server.started or traffic.open or len(control_of(app).vms):
-            last_use = time.monotonic()
-        elif time.monotonic() >= max(last_use, traffic.quiet_since) + settings.idle_exit_s:
-            if locks.keep(settings.start_lock):
-                log.info("nobody has needed this server for %g s: ending", settings.idle_exit_s)
-                _take_no_more(server, listener)
-                server.should_exit = True
-                return
-            last_use = time.monotonic()
+    passes = {"listener": listener.socket.fileno()}
+    with locks.only_server(settings.server_lock), contextlib.ExitStack() as undo:
+        if listener.ends_when_idle:
+            passes["start-lock"] = locks.opened(settings.start_lock)
+            undo.callback(os.close, passes["start-lock"])
+        control = host.Control((*CONTROL, *listener.options()), passes, _refused)
+        with listen.named(listener.socket):
+            return await host.host(control, open_node(settings), ready, listener.socket.close)
 
 
 def run(
@@ -183,11 +68,12 @@ def run(
     *,
     open_node: OpenNode = runtime,
     ready: Callable[[], None] = lambda: None,
-) -> None:
+) -> int:
     """`serve` as a program of its own, in the foreground. Raises: as `serve`, without groups around it."""
     to_stderr()
+    sys.setswitchinterval(SWITCH_S)
     with _ungrouped():
-        anyio.run(lambda: serve(settings, listener, open_node=open_node, ready=ready))
+        return anyio.run(lambda: serve(settings, listener, open_node=open_node, ready=ready))
 
 
 def run_embedded(arguments: Sequence[str], *, open_node: OpenNode = runtime) -> int:
@@ -199,28 +85,67 @@ def run_embedded(arguments: Sequence[str], *, open_node: OpenNode = runtime) -> 
     if os.fork():
         return 0
     os.chdir("/")
+    sys.setswitchinterval(SWITCH_S)
     waiting = _Waiting(options.ready_fd, options.lock_fd)
     try:
         settings = Settings()
         to_file(settings.server_log)
         listener = Listener(listen.on_socket(settings.socket), private=True, ends_when_idle=True)
         with _ungrouped():
-            anyio.run(lambda: serve(settings, listener, open_node=open_node, ready=waiting.ready))
+            return anyio.run(lambda: serve(settings, listener, open_node=open_node, ready=waiting.ready))
+    except InstaVMError as exc:
+        waiting.failed(str(exc), exc.code)
+    except Exception as exc:
+        log.exception("the embedded server failed")
+        waiting.failed(f"the embedded server could not start: {type(exc).__name__}: {exc}", "host_not_ready")
+    return 1
+
+
+def run_control(arguments: Sequence[str]) -> int:
+    """Control's process: inherits its listener, and a link to the node that started it. Returns: the exit status.
+
+    Without its node it is nothing: when that goes, it goes at once, as if killed with it.
+    """
+    from instavm.control.serving import serve_control  # noqa: PLC0415 (libraries that the node's process has no use for)
+
+    options = _control_options(arguments)
+    sys.setswitchinterval(SWITCH_S)
+    settings = Settings()
+    if options.ends_when_idle:
+        to_file(settings.control_log)
+    else:
+        to_stderr()
+    waiting = _Waiting(options.ready_fd)
+    listener = Listener(
+        socket.socket(fileno=options.listener_fd),
+        options.private,
+        options.ends_when_idle,
+        options.owner,
+        options.start_lock_fd,
+    )
+    node = remote.connected(socket.socket(fileno=options.link_fd), lambda: os._exit(1))
+    try:
+        with _ungrouped():
+            anyio.run(lambda: serve_control(settings, listener, node, waiting.ready))
     except InstaVMError as exc:
         waiting.failed(str(exc), exc.code)
         return 1
     except Exception as exc:
-        log.exception("the embedded server failed")
-        waiting.failed(f"the embedded server could not start: {type(exc).__name__}: {exc}", "host_not_ready")
+        log.exception("the API failed")
+        waiting.failed(f"the API could not start: {type(exc).__name__}: {exc}", "host_not_ready")
         return 1
     return 0
 
 
-class _Waiting:
-    """The client that waits for us, and the start lock that we hold together until we are ready."""
+def _refused(said: bytes) -> InstaVMError:
+    return HostNotReady(Problem.model_validate_json(said).detail)
 
-    def __init__(self, ready_fd: int, lock_fd: int) -> None:
-        self._fds = [ready_fd, lock_fd]
+
+class _Waiting:
+    """Whoever started us and waits to hear that we answer; a client also holds the start lock with us until then."""
+
+    def __init__(self, ready_fd: int, *held: int) -> None:
+        self._fds = [ready_fd, *held]
         for fd in self._fds:
             os.set_inheritable(fd, False)
 
@@ -264,5 +189,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _control_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m instavm.serve", description="For the node's own use.")
+    parser.add_argument("--control", action="store_true", required=True)
+    for flag in ("--private", "--ends-when-idle"):
+        parser.add_argument(flag, action="store_true")
+    for name in ("--owner", "--link-fd", "--ready-fd", "--listener-fd"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--start-lock-fd", type=int)
+    return parser.parse_args(arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run_embedded(sys.argv[1:]))
+    sys.exit((run_control if "--control" in sys.argv else run_embedded)(sys.argv[1:]))

@@ -100,10 +100,20 @@ class Settings(BaseSettings):
         return self.state_dir / "server.lock"
 
     @property
+    def control_dir(self) -> Path:
+        """Everything that control's process writes; the rest of `state_dir` is the node's."""
+        return self.state_dir / "control"
+
+    @property
     def database(self) -> Path:
-        return self.state_dir / "control.db"
+        return self.control_dir / "control.db"
 
     @property
     def server_log(self) -> Path:
-        """Log of the embedded server."""
+        """Log of the embedded server: its node's."""
         return self.state_dir / "server.log"
+
+    @property
+    def control_log(self) -> Path:
+        """Log of the embedded server: its API's."""
+        return self.control_dir / "control.log"

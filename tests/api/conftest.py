@@ -17,8 +17,9 @@ from instavm.control import listen
 from instavm.control.accounts import Keys
 from instavm.control.app import control_of, create_app
 from instavm.control.control import Control
+from instavm.control.listen import Listener
+from instavm.control.serving import Server, http_config
 from instavm.control.store.database import Store, open_store
-from instavm.serve import Listener, Server, http_config
 
 
 @dataclass

@@ -9,6 +9,7 @@ import textwrap
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from instavm import HostNotReady, InstaVM
@@ -49,10 +50,15 @@ def server_pid(place):
 
 
 def end(pid, number):
-    """Send a signal and wait until the process is gone."""
-    process = os.pidfd_open(pid)
-    signal.pidfd_send_signal(process, number)
-    wait_gone(process)
+    """Send a signal and wait until the process is gone, and the one that it started for the API."""
+    both = [os.pidfd_open(one.pid) for one in (*psutil.Process(pid).children(), psutil.Process(pid)) if is_ours(one)]
+    signal.pidfd_send_signal(both[-1], number)
+    for process in both:
+        wait_gone(process)
+
+
+def is_ours(process):
+    return any("serve" in word for word in process.cmdline())
 
 
 def wait_gone(process):

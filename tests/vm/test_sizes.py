@@ -24,6 +24,6 @@ async def test_a_size_asked_for_again_finds_its_template(start):
 
 
 async def test_more_memory_than_the_host_has_is_refused(start, monkeypatch):
-    monkeypatch.setattr("instavm.node.doctor.host_memory_mib", lambda: 4096)
+    monkeypatch.setattr("instavm.node.memory.total_mib", lambda: 4096)
     with pytest.raises(NoCapacity, match="8192 asked for, this host has 4096"):
         await start(1, 8192)

@@ -15,7 +15,7 @@ from instavm.border.flow import Receiving, Sending
 from instavm.border.link import Kind, Link, linked
 from instavm.control.node import Node
 from instavm.errors import InstaVMError, OutcomeUnknown
-from instavm.node.doctor import host_memory
+from instavm.node import memory
 from instavm.sandbox import Ended, HostMemory
 
 UNWIND_S: Final = 30.0
@@ -69,7 +69,7 @@ class RemoteNode:
 
     def memory(self) -> HostMemory:
         """The node is on this host."""
-        return host_memory()
+        return memory.now()
 
     def take(self, kind: Kind, number: int, body: Any) -> None:
         """Raises ValueError, TypeError: it is no message that a node sends."""

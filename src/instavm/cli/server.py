@@ -23,8 +23,9 @@ def serve(
     from instavm.control import listen  # noqa: PLC0415
 
     if uds is not None:
-        listener = server.Listener(listen.on_socket(uds.absolute()), private=True)
+        listener = listen.Listener(listen.on_socket(uds.absolute()), private=True)
     else:
-        listener = server.Listener(listen.on_tcp(host, port), private=False)
+        listener = listen.Listener(listen.on_tcp(host, port), private=False)
     where = uds or f"http://{host}:{listener.socket.getsockname()[1]}"
-    server.run(Settings(), listener, ready=lambda: print(f"InstaVM on {where}", flush=True))
+    status = server.run(Settings(), listener, ready=lambda: print(f"InstaVM on {where}", flush=True))
+    raise typer.Exit(status)

@@ -95,7 +95,7 @@ class Embedded:
             response = connection.getresponse()
             return Running(connection.peer_pid(), health().read(response.read()))
         except TimeoutError:
-            raise NetworkError(f"the embedded server does not answer; see {self._settings.server_log}") from None
+            raise NetworkError(f"the embedded server does not answer; see {self._settings.control_log}") from None
         except (OSError, http.client.HTTPException):
             return None
         finally:

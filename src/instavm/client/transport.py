@@ -22,7 +22,7 @@ from instavm.client.calls.files import Around
 from instavm.client.config import Config
 from instavm.client.embedded import Embedded
 from instavm.client.errors import from_answer
-from instavm.errors import NetworkError
+from instavm.errors import NetworkError, ServerStopping
 from instavm.settings import Settings
 from instavm.version import __version__
 from instavm.wire.files import RAW
@@ -100,7 +100,7 @@ class Link:
         """An embedded server may have ended since it last answered: then the next one is asked."""
         try:
             return _read(self._connected().send(_request(self._connected(), call)), call)
-        except (httpx.NetworkError, httpx.RemoteProtocolError) as exc:
+        except (httpx.NetworkError, httpx.RemoteProtocolError, ServerStopping) as exc:
             if self._embedded is None or not repeatable(exc, call):
                 raise
         self._embedded.ensure(again=True)
@@ -184,7 +184,7 @@ class AsyncLink:
         try:
             connected = await self._connected()
             return _read(await connected.send(_request(connected, call)), call)
-        except (httpx.NetworkError, httpx.RemoteProtocolError) as exc:
+        except (httpx.NetworkError, httpx.RemoteProtocolError, ServerStopping) as exc:
             if self._embedded is None or not repeatable(exc, call):
                 raise
         await anyio.to_thread.run_sync(self._embedded.ensure, True)
@@ -219,10 +219,10 @@ def async_client(config: Config, embedded: Embedded | None) -> httpx.AsyncClient
     )
 
 
-def repeatable(exc: httpx.TransportError, call: Call[T]) -> bool:
-    """Only what never went out, or does no harm when it is done twice."""
-    never_sent = isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-    return never_sent or call.repeatable
+def repeatable(exc: httpx.TransportError | ServerStopping, call: Call[T]) -> bool:
+    """Only what never went out or was not begun, or does no harm when it is done twice."""
+    not_begun = isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | ServerStopping)
+    return not_begun or call.repeatable
 
 
 def translated(exc: httpx.TransportError, call: Call[T]) -> NetworkError:

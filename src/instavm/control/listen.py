@@ -6,16 +6,15 @@ the kernel is asked, for every connection, whether the other end is that owner.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
-
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from instavm.errors import HostNotReady
 
@@ -37,21 +36,23 @@ class Traffic:
         self.quiet_since = time.monotonic()
 
 
-def private_protocol(traffic: Traffic) -> type[HttpToolsProtocol]:
-    """HTTP for a private socket: counts connections, and closes those of other users at once."""
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Where to serve. `private`: a socket that only its owner can open; any API key means the local user."""
 
-    class PrivateProtocol(HttpToolsProtocol):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            traffic.came()
-            super().connection_made(transport)
-            if _peer_uid(transport) != os.geteuid():
-                transport.abort()
+    socket: socket.socket
+    private: bool
+    ends_when_idle: bool = False
+    owner: int = field(default_factory=os.geteuid)
+    """Whose a private socket is."""
+    start_lock: int | None = None
+    """Descriptor of the lock that clients start servers under; taken before an idle server ends."""
+    traffic: Traffic = field(default_factory=Traffic)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            traffic.went()
-            super().connection_lost(exc)
-
-    return PrivateProtocol
+    def options(self) -> list[str]:
+        """What a process that inherits it has to be told."""
+        flags = {"--private": self.private, "--ends-when-idle": self.ends_when_idle}
+        return [*(flag for flag, on in flags.items() if on), "--owner", str(self.owner)]
 
 
 def on_tcp(host: str, port: int) -> socket.socket:
@@ -75,9 +76,35 @@ def on_socket(path: Path) -> socket.socket:
 
 
 def forget(listener: socket.socket) -> None:
-    """Remove the name of a Unix socket that nobody shall find any more; other sockets have none."""
+    """Remove the name of a Unix socket that nobody shall find any more; other sockets have none.
+
+    Where that is not allowed, it is left to who made it: a socket that nobody listens on is found by nobody either.
+    """
     if listener.family == socket.AF_UNIX:
-        Path(listener.getsockname()).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):
+            Path(listener.getsockname()).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(listener: socket.socket) -> Iterator[None]:
+    """When the block ends, the name of a Unix socket is gone, unless another socket has it by then."""
+    if listener.family != socket.AF_UNIX:
+        yield
+        return
+    path = Path(listener.getsockname())
+    ours = _identity(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            if _identity(path) == ours:
+                path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    """Of this file, and not of a later one that was given the same number."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _bound(listener: socket.socket, address: Any, name: str) -> socket.socket:
@@ -92,7 +119,7 @@ def _bound(listener: socket.socket, address: Any, name: str) -> socket.socket:
     return listener
 
 
-def _peer_uid(transport: asyncio.BaseTransport) -> int:
-    peer = transport.get_extra_info("socket")
+def peer_uid(peer: socket.socket) -> int:
+    """Who is at the other end of a Unix socket, according to the kernel."""
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", raw)[1])

@@ -22,12 +22,12 @@ def only_server(path: Path) -> Iterator[None]:
     """Hold the lock of a state directory. Raises: HostNotReady, when another server works on it and stays."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with ExitStack() as undo:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = opened(path)
         undo.callback(os.close, lock)
-        if not _taken(lock):
+        if not taken(lock):
             pid = _holder(lock)
             _wait_for_end(pid)
-            if not _taken(lock):
+            if not taken(lock):
                 raise HostNotReady(
                     f"another InstaVM server (pid {pid or 'unknown'}) works with {path.parent}:"
                     " use that one (INSTAVM_BASE_URL), or set INSTAVM_STATE_DIR to a directory of its own"
@@ -37,16 +37,13 @@ def only_server(path: Path) -> Iterator[None]:
         yield
 
 
-def keep(path: Path) -> bool:
-    """Take a lock until this process ends. Returns: False, when somebody else holds it."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    if not _taken(lock):
-        os.close(lock)
-        return False
-    return True
+def opened(path: Path) -> int:
+    """A lock that is not taken yet. Whoever inherits the descriptor shares it: it is held until all have closed it."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def _taken(lock: int) -> bool:
+def taken(lock: int) -> bool:
+    """Take a lock, if nobody else has it. Returns: whether it is ours now."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

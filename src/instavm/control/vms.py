@@ -19,7 +19,7 @@ from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, HostNotReady, InstaVMError
+from instavm.errors import BootFailed, InstaVMError, ServerStopping
 from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
 
 log = logging.getLogger(__name__)
@@ -151,9 +151,9 @@ class Vms:
         return vm
 
     def spawn(self, session: SessionRow, env: Mapping[str, str]) -> Vm:
-        """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops."""
+        """Begin to boot a sandbox and return at once. Raises: ServerStopping."""
         if self._stopping:
-            raise HostNotReady("the server is stopping; start it again and repeat the call")
+            raise ServerStopping("the server is stopping; start it again and repeat the call")
         spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC))
         self._live[vm.id] = vm

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instavm.errors import InstaVMError
+from instavm.node import memory
 from instavm.node.images.store import ImageStore
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.vmm import choose, qemu
-from instavm.sandbox import HostMemory
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}
@@ -26,17 +26,6 @@ class Check:
     remedy: str = ""
 
 
-def host_memory_mib() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-
-
-def host_memory() -> HostMemory:
-    """What the kernel says now (/proc/meminfo)."""
-    said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(said[name].split()[0]) >> 10 for name in ("MemTotal", "MemAvailable"))
-    return HostMemory(total, available)
-
-
 def checks(settings: Settings) -> Iterator[Check]:
     """Every precondition, in the order in which a sandbox needs them."""
     yield _qemu()
@@ -47,7 +36,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
     yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
     yield _image(settings)
-    yield Check("memory", host_memory_mib() >= 1024, f"{host_memory_mib()} MiB", "at least 1 GiB of memory")
+    yield Check("memory", memory.total_mib() >= 1024, f"{memory.total_mib()} MiB", "at least 1 GiB of memory")
 
 
 def _qemu() -> Check:

@@ -21,7 +21,7 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.node import doctor, files, identity, inventory
+from instavm.node import files, identity, inventory, memory
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.templates import Templates
@@ -130,7 +130,7 @@ class Runtime:
                     tasks.cancel_scope.cancel()
 
     async def start(self, spec: SandboxSpec) -> Started:
-        total = doctor.host_memory_mib()
+        total = memory.total_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
         started: Started = await self._tasks.start(self._life, spec, name=f"sandbox {spec.vm_id}")
@@ -159,7 +159,7 @@ class Runtime:
             await sandbox.agent.stage_env(dict(env))
 
     def memory(self) -> HostMemory:
-        return doctor.host_memory()
+        return memory.now()
 
     def _usable(self, vm_id: str) -> Sandbox:
         sandbox = self._live.get(vm_id)

@@ -58,8 +58,13 @@ def answer(exc: errors.InstaVMError) -> Response:
     if isinstance(exc, errors.InvalidInput):
         field, allowed = exc.field, exc.allowed
     listed = [{"loc": ["body", field], "msg": detail, "type": exc.code}] if status == 422 else detail
-    headers = {"Retry-After": str(_wait_s(exc))} if isinstance(exc, errors.RateLimitError) else None
-    return _reply(status, Problem(detail=listed, code=exc.code, field=field, allowed=allowed), headers)
+    return _reply(status, Problem(detail=listed, code=exc.code, field=field, allowed=allowed), _headers(exc))
+
+
+def _headers(exc: errors.InstaVMError) -> Mapping[str, str] | None:
+    if isinstance(exc, errors.RateLimitError):
+        return {"Retry-After": str(_wait_s(exc))}
+    return {"Connection": "close"} if isinstance(exc, errors.ServerStopping) else None
 
 
 def _wait_s(exc: errors.RateLimitError) -> int:

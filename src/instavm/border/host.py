@@ -1,0 +1,145 @@
+"""The node's process: starts the one that control lives in, serves it a node, and ends with it.
+
+It is the process that people start and signal. Signals go on to control, which knows what shall become of the sandboxes; when
+control dies on its own they stay, for the next server to adopt.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import anyio
+import anyio.abc
+
+from instavm.border.service import serve
+from instavm.control.node import Node
+from instavm.errors import HostNotReady, InstaVMError
+
+log = logging.getLogger(__name__)
+
+END_S: Final = 60.0
+"""How long control may take to end once it has let go of the node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """How control is started. `command` is given the descriptors' numbers: --link-fd, --ready-fd and those of `passes`."""
+
+    command: Sequence[str]
+    passes: dict[str, int]
+    refusal: Callable[[bytes], InstaVMError]
+    """What control says on --ready-fd when it cannot start; b"ready\\n" when it can."""
+
+
+class ControlProcess:
+    def __init__(self, control: Control) -> None:
+        self._refusal = control.refusal
+        self.link, theirs = socket.socketpair()
+        self._words, ready = os.pipe()
+        passes = {"link": theirs.fileno(), "ready": ready, **control.passes}
+        options = [option for name, fd in passes.items() for option in (f"--{name}-fd", str(fd))]
+        try:
+            self._process = subprocess.Popen(
+                [*control.command, *options],
+                stdin=subprocess.DEVNULL,
+                pass_fds=list(passes.values()),
+                start_new_session=True,
+            )
+        except BaseException:
+            self.link.close()
+            os.close(self._words)
+            raise
+        finally:
+            theirs.close()
+            os.close(ready)
+        self._pidfd = os.pidfd_open(self._process.pid)
+
+    async def ready(self) -> None:
+        """Wait until it answers calls. Raises what kept it from it."""
+        said = b""
+        while not said.endswith(b"\n"):
+            await anyio.wait_readable(self._words)
+            piece = os.read(self._words, 1 << 16)
+            if not piece:
+                raise self._refusal(said) if said else HostNotReady("the API's process ended before it was ready")
+            said += piece
+        if said != b"ready\n":
+            raise self._refusal(said)
+
+    def signal(self, number: int) -> None:
+        if self._process.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    async def end(self) -> int:
+        """Its exit status. It is killed when it takes too long."""
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(END_S) as patience:
+                await anyio.wait_readable(self._pidfd)
+            if patience.cancelled_caught:
+                log.error("the API's process does not end; it is killed")
+                self.signal(signal.SIGKILL)
+        return self._process.wait()
+
+    def close(self) -> None:
+        self.link.close()
+        os.close(self._words)
+        os.close(self._pidfd)
+
+
+@contextmanager
+def started(control: Control) -> Iterator[ControlProcess]:
+    """Control's process, which does not outlive the block: it goes when its link does."""
+    process = ControlProcess(control)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+async def host(
+    control: Control,
+    opened: AbstractAsyncContextManager[Node],
+    ready: Callable[[], None],
+    started_up: Callable[[], None],
+) -> int:
+    """Serve a node to control until control ends; its exit status.
+
+    started_up: called once control's process is there, which then owns what it was passed.
+    Raises: what the node says when it cannot be opened, and what control says when it cannot start.
+    """
+    with started(control) as process:
+        started_up()
+        async with opened as node:
+            try:
+                async with anyio.create_task_group() as tasks:
+                    await tasks.start(_forward_signals, process)
+                    tasks.start_soon(_tell_when_ready, process, ready)
+                    await serve(node, process.link)
+                    tasks.cancel_scope.cancel()
+            finally:
+                await node.leave()  # control has ended what shall end; if it died, nothing shall
+                process.link.close()
+                status = await process.end()
+    return status
+
+
+async def _tell_when_ready(process: ControlProcess, ready: Callable[[], None]) -> None:
+    await process.ready()
+    ready()
+
+
+async def _forward_signals(
+    process: ControlProcess, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            process.signal(number)
