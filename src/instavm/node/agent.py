@@ -357,25 +357,24 @@ def _outcome(request: Request) -> Outcome:
     exit_code, reason = answer.get("exit_code"), answer.get("reason")
     if not isinstance(exit_code, int) or not -255 <= exit_code <= 255:
         raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
-    if reason is not None and not (isinstance(reason, str) and reason in REASONS):
-        raise GuestProtocolError(f"the guest's reason is {str(reason)[:40]}")
+    reason = told_reason(reason)
     out, err = request.captures["stdout"], request.captures["stderr"]
     stderr = err.text()
     if reason in _EXPLAINED:
-        stderr += _EXPLAINED[str(reason)]
+        stderr += _EXPLAINED[reason]
     if answer.get("restarted") and reason != "interpreter_crashed":
         stderr += _EXPLAINED["interpreter_crashed"]
     return Outcome(
         stdout=out.text(),
         stderr=stderr,
         exit_code=exit_code,
-        execution_time_s=_seconds(answer.get("wall_us")),
-        cpu_time_s=_seconds(answer.get("cpu_us")),
+        execution_time_s=told_seconds(answer.get("wall_us")),
+        cpu_time_s=told_seconds(answer.get("cpu_us")),
         timed_out=reason == "timeout",
         truncated=bool(out.left_out or err.left_out or request.outputs.left_out or answer.get("cut")),
-        reason=None if reason is None else str(reason),
-        signal=_signal(answer.get("signal")),
-        peak_memory_bytes=_kib(answer.get("peak_kib", 0)) << 10,
+        reason=reason,
+        signal=told_signal(answer.get("signal")),
+        peak_memory_bytes=told_kib(answer.get("peak_kib", 0)) << 10,
         outputs=tuple(request.outputs.kept),
     )
 
@@ -390,19 +389,26 @@ _EXPLAINED = {
 }
 
 
-def _signal(value: object) -> int | None:
+def told_reason(value: object) -> str | None:
+    """As what follows, of an answer. Raises: GuestProtocolError."""
+    if value is None or (isinstance(value, str) and value in REASONS):
+        return value
+    raise GuestProtocolError(f"the guest's reason is {str(value)[:40]}")
+
+
+def told_signal(value: object) -> int | None:
     if value is not None and not (isinstance(value, int) and 0 < value <= SIGNAL_MAX):
         raise GuestProtocolError(f"the guest's signal is {str(value)[:40]}")
     return value
 
 
-def _kib(value: object) -> int:
+def told_kib(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value < KIB_MAX:
         raise GuestProtocolError(f"the guest's memory is {str(value)[:40]}")
     return value
 
 
-def _seconds(value: object) -> float:
+def told_seconds(value: object) -> float:
     """Of what the guest tells in microseconds."""
     if not isinstance(value, int) or not 0 <= value < MICROSECONDS_MAX:
         raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")
