@@ -270,7 +270,10 @@ class Processes:
     def _signal(self, process: Process, signum: int) -> None:
         """To all that the process has started in its group; KILL to all that it has started in whatever way."""
         if signum == signal.SIGKILL:
-            process.cgroup.kill()
+            try:
+                process.cgroup.kill()
+            except FileNotFoundError:
+                pass  # it has ended, and nothing that it started is left
         elif process.ended is not None:
             raise Refused("process_ended", "it has ended")
         else:

@@ -26,7 +26,7 @@ def vm(module_servers):
 
 @pytest.fixture
 def http(module_servers, vm):
-    base = f"http://127.0.0.1:{module_servers.port}/v1/sessions/{vm.session_id}/processes"
+    base = f"http://127.0.0.1:{module_servers.port}/v1/sessions/{vm.session_id}"
     with httpx.Client(base_url=base, headers={"X-API-Key": module_servers.key}, timeout=90) as http:
         yield http
 
@@ -81,25 +81,25 @@ def test_bad_input_is_refused_here_and_there_in_the_same_words(vm, http):
     for wrong in ("NOPE", 999, True):
         with pytest.raises(InvalidInput, match=known):
             process.signal(wrong)
-        answer = http.post(f"/{process.id}/signal", json={"signal": wrong})
+        answer = http.post(f"/processes/{process.id}/signal", json={"signal": wrong})
         assert (answer.status_code, answer.json()["code"], answer.json()["field"]) == (422, "invalid_input", "signal")
     for wrong in ("", " ", [], ["a", 1], ["a\0"], "x" * 70_000, {}, None):
-        assert http.post("", json={"command": wrong}).status_code == 422, wrong
+        assert http.post("/processes", json={"command": wrong}).status_code == 422, wrong
     for more in ({"cwd": ""}, {"shell": "zsh"}, {"env": {"1": "x"}}, {"env": []}):
-        assert http.post("", json={"command": "true", **more}).status_code == 422, more
+        assert http.post("/processes", json={"command": "true", **more}).status_code == 422, more
     for body in ({"data": "*", "encoding": "base64"}, {"data": "x" * ((1 << 20) + 1)}, {"encoding": "hex"}):
-        answer = http.post(f"/{process.id}/stdin", json=body)
+        answer = http.post(f"/processes/{process.id}/stdin", json=body)
         assert answer.status_code == 422 and "xxxx" not in answer.text, body
     for wrong in (-1, 61, "1", True):
-        assert http.post(f"/{process.id}/wait", json={"timeout": wrong}).status_code == 422, wrong
+        assert http.post(f"/processes/{process.id}/wait", json={"timeout": wrong}).status_code == 422, wrong
     for params in ({"after": -1}, {"after": 10**6}, {"size": 1}, {"after": "x"}):
-        assert http.get(f"/{process.id}", params=params).status_code == 422, params
-    assert http.get(f"/{process.id}/stream", params={"after": 10**6}).status_code == 422
+        assert http.get(f"/processes/{process.id}", params=params).status_code == 422, params
+    assert http.get(f"/processes/{process.id}/stream", params={"after": 10**6}).status_code == 422
     process.kill()
 
 
 def test_what_is_not_there_is_not_found(module_servers, vm, http):
-    for answer in (http.get("/prc_no"), http.get("/prc_no/stream"), http.post("/prc_no/wait", json={})):
+    for answer in (http.get("/processes/prc_no"), http.get("/processes/prc_no/stream"), http.post("/processes/prc_no/wait", json={})):
         assert (answer.status_code, answer.json()["code"]) == (404, "process_not_found")
     with pytest.raises(ProcessNotFound):
         vm.processes.get("prc_no")
@@ -130,11 +130,11 @@ def test_characters_come_whole_however_they_were_written(vm):
 def test_a_stream_is_taken_up_by_its_position(vm, http):
     process = vm.processes.start("echo one; read x; echo two; exit 3")
     process.read(since=0)
-    with http.stream("GET", f"/{process.id}/stream") as response:
+    with http.stream("GET", f"/processes/{process.id}/stream") as response:
         first = next(line for line in response.iter_lines() if line.startswith("id: "))
     process.write("\n")
     assert first == "id: 4"
-    with http.stream("GET", f"/{process.id}/stream", headers={"Last-Event-ID": "4"}) as response:
+    with http.stream("GET", f"/processes/{process.id}/stream", headers={"Last-Event-ID": "4"}) as response:
         rest = [line for line in response.iter_lines() if line and not line.startswith(":")]
     assert rest[0:2] == ["id: 8", "event: stdout"] and rest[4] == "event: exit"
     assert json.loads(rest[5].removeprefix("data: "))["exit_code"] == 3
@@ -142,9 +142,9 @@ def test_a_stream_is_taken_up_by_its_position(vm, http):
 
 def test_a_start_that_is_repeated_starts_once(vm, http):
     ask, key = {"command": "sleep 1000"}, {"Idempotency-Key": "once"}
-    one, two = (http.post("", json=ask, headers=key).json() for _ in range(2))
+    one, two = (http.post("/processes", json=ask, headers=key).json() for _ in range(2))
     assert one == two
-    assert http.post(f"/{one['process_id']}/signal", json={"signal": "SIGKILL"}).status_code == 200
+    assert http.post(f"/processes/{one['process_id']}/signal", json={"signal": "SIGKILL"}).status_code == 200
 
 
 @pytest.mark.anyio

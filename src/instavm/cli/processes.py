@@ -51,7 +51,9 @@ def ps(session: Session, *, as_json: AsJson = False, api_key: ApiKey = None, bas
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(*SHOWN)
+    table = Table()
+    for name in SHOWN:
+        table.add_column(name, no_wrap=name == "process_id")
     for row in rows:
         table.add_row(*("" if row[name] is None else str(row[name]) for name in SHOWN))
     Console().print(table)
