@@ -99,7 +99,11 @@ def test_bad_input_is_refused_here_and_there_in_the_same_words(vm, http):
 
 
 def test_what_is_not_there_is_not_found(module_servers, vm, http):
-    for answer in (http.get("/processes/prc_no"), http.get("/processes/prc_no/stream"), http.post("/processes/prc_no/wait", json={})):
+    for answer in (
+        http.get("/processes/prc_no"),
+        http.get("/processes/prc_no/stream"),
+        http.post("/processes/prc_no/wait", json={}),
+    ):
         assert (answer.status_code, answer.json()["code"]) == (404, "process_not_found")
     with pytest.raises(ProcessNotFound):
         vm.processes.get("prc_no")

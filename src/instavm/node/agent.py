@@ -152,7 +152,11 @@ class Agent:
         self._pending: dict[int, Request] = {}
         self._hello = anyio.Event()
         self._hello_text: dict[str, object] = {}
+        self._known = False
+        """Whether it was spoken to: an agent that says hello after that is another one."""
         self._lost: Exception | None = None
+        self.gone = anyio.Event()
+        """The line has ended, or the agent at its other end is not the one any more that it was."""
         self._sending = anyio.Lock()
 
     async def run(self) -> None:
@@ -179,6 +183,7 @@ class Agent:
 
         What the guest had half-sent is read over: bytes count again from its answer to a token made for this moment.
         """
+        self._known = True
         token = secrets.token_hex(16)
         answer = frames.encode(frames.SYNCED, 0, token.encode())
         seen = b""
@@ -194,6 +199,9 @@ class Agent:
         behind = seen.partition(answer)[2]
         for kind, request, payload in self._decoder.feed(behind):
             self._take(kind, request, payload)
+
+    def why_gone(self) -> str:
+        return str(self._lost)
 
     async def hello(self, timeout_s: float) -> Hello:
         """The agent's first word after a cold boot. Raises TimeoutError, GuestProtocolError, OutcomeUnknown."""
@@ -233,6 +241,7 @@ class Agent:
         """
         if self._lost is not None:
             raise self._lost
+        self._known = True
         number = next(self._numbers)
         self._pending[number] = request
         try:
@@ -270,6 +279,7 @@ class Agent:
     async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> Request:
         if self._lost is not None:
             raise self._lost
+        self._known = True
         number = next(self._numbers)
         request = self._pending[number] = Request(on_output)
         try:
@@ -321,15 +331,16 @@ class Agent:
             request.file(kind, payload)
 
     def _greeted(self, text: dict[str, object]) -> None:
-        if self._hello.is_set():  # a second agent: the first one died, and with it all that ran
-            for request in self._pending.values():
-                request.fail(OutcomeUnknown("the guest's agent was restarted while the command ran"))
+        if self._known or self._hello.is_set():  # a second agent: the first one died, and with it all that ran
+            self._lose(OutcomeUnknown("the guest's agent was killed and came back: all that ran is gone"))
+            return
         self._hello_text = text
         self._hello.set()
 
     def _lose(self, error: Exception) -> None:
-        self._lost = error
+        self._lost = self._lost or error
         self._hello.set()
+        self.gone.set()
         for request in self._pending.values():
             request.fail(error)
 

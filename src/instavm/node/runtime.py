@@ -291,8 +291,13 @@ class Runtime:
             status = await sandbox.prepared.machine.wait()
             sandbox.lost(f"the machine ended by itself (status {status})")
 
+        async def deserted() -> None:
+            await sandbox.agent.gone.wait()
+            sandbox.lost(sandbox.agent.why_gone())
+
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(died)
+            tasks.start_soon(deserted)
             await sandbox.stop.wait()
             tasks.cancel_scope.cancel()
 
