@@ -1,6 +1,9 @@
 """Running out of time: what was printed is told, what was started is gone, what was there before stays."""
 
+import anyio
 import pytest
+
+from instavm.sandbox import Command
 
 pytestmark = pytest.mark.anyio
 
@@ -28,3 +31,33 @@ async def test_a_result_says_when_the_interpreter_was_lost_to_the_timeout(sandbo
     assert "variables are gone" in result.stderr
     await sandbox.python("'a new interpreter is up'")
     assert (await sandbox.python("while True: pass", timeout_s=1)).stderr.count("variables are gone") == 0
+
+
+@pytest.mark.parametrize(
+    ("language", "nap", "next_cell"),
+    [
+        ("python", "import time; time.sleep({s})", "for _ in range(20_000): pass\nprint('whole')"),
+        (
+            "javascript",
+            "await new Promise(r => setTimeout(r, {ms}))",
+            "for (let i = 0; i < 3e5; i++); console.log('whole')",
+        ),
+    ],
+)
+async def test_a_cell_that_ends_as_its_time_runs_out_leaves_the_next_one_alone(sandbox, language, nap, next_cell):
+    """The interrupt may come when the cell has ended. The one behind it, which waits in the guest already, is whole."""
+    answers = []
+    for number in range(60):
+        code = nap.format(s=0.05 + number % 20 / 2000, ms=50 + number % 20 / 2)
+
+        async def run(code, timeout_s):
+            outcome = await sandbox.node.execute(sandbox.vm_id, Command(code, language, timeout_s))
+            answers.append((outcome.timed_out, outcome.stdout))
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run, code, 0.06)
+            await anyio.sleep(0)
+            tasks.start_soon(run, next_cell, 60)
+    timed_out = [stdout for late, stdout in answers if late]
+    assert answers.count((False, "whole\n")) == 60
+    assert timed_out and len(timed_out) < 60, "some were in time and some were not"

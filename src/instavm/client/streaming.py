@@ -14,6 +14,7 @@ from instavm.client.calls.base import Call, ask, segment
 from instavm.client.errors import from_answer
 from instavm.client.results import Execution, Record
 from instavm.client.transport import AsyncLink, Link, translated
+from instavm.errors import InstaVMError, NotFound, OutcomeUnknown
 from instavm.wire.executions import Execute
 from instavm.wire.streams import ID_HEADER
 
@@ -61,6 +62,10 @@ class Lines:
             raise translated(exc, self.call()) from exc
         return float(FIRST_PAUSE_S * 2 ** (self._failures - 1))
 
+    def unknown(self, exc: NotFound) -> InstaVMError:
+        """What it means that the server knows nothing of it."""
+        return exc
+
     def line(self, line: str) -> Record | None:
         """One line of the stream; the event that it completes. Raises: what the server told instead of a result."""
         name, _, value = line.partition(": ")
@@ -106,6 +111,14 @@ class Reader(Lines):
             raise translated(exc, self.call()) from exc
         return super().broke(exc)
 
+    def unknown(self, exc: NotFound) -> InstaVMError:
+        if self.execution_id is None:
+            return exc
+        return OutcomeUnknown(
+            f"execution {self.execution_id} cannot be followed any more, the server that ran it is gone:"
+            " the code may or may not have finished; execute_async and processes outlive their server"
+        )
+
     def _complete(self, kind: str, number: int, data: dict[str, Any]) -> StreamEvent:
         self._missed |= number != self._number + 1
         self._number = number
@@ -137,6 +150,8 @@ def follow(link: Link, reader: Lines) -> Iterator[Any]:
                 raise httpx.RemoteProtocolError("the stream ended before its end")
         except httpx.TransportError as exc:
             time.sleep(reader.broke(exc))
+        except NotFound as exc:
+            raise reader.unknown(exc) from exc
 
 
 async def follow_async(link: AsyncLink, reader: Lines) -> AsyncIterator[Any]:
@@ -152,6 +167,8 @@ async def follow_async(link: AsyncLink, reader: Lines) -> AsyncIterator[Any]:
                 raise httpx.RemoteProtocolError("the stream ended before its end")
         except httpx.TransportError as exc:
             await anyio.sleep(reader.broke(exc))
+        except NotFound as exc:
+            raise reader.unknown(exc) from exc
 
 
 def nothing(_body: bytes) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ KIB_MAX = 1 << 40
 SIGNAL_MAX = 64
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
 SYNC_AGAIN_S = 0.5
+PIECE_BYTES = 256 << 10
+"""In pieces of about this size output is kept."""
 REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
 
 
@@ -36,29 +39,51 @@ class Capture:
 
     def __init__(self, limit: int = limits.OUTPUT_BYTES) -> None:
         self._half = limit // 2
-        self._head = bytearray()
-        self._tail = bytearray()
+        self._head: deque[bytearray] = deque()
+        self._tail: deque[bytearray] = deque()
+        self._head_size = self._tail_size = 0
         self.left_out = 0
 
     def add(self, data: bytes) -> None:
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:] if room < len(data) else b""
-        if len(self._tail) > 2 * self._half:
+        if room := self._half - self._head_size:
+            self._head_size += len(data[:room])
+            _append(self._head, data[:room])
+            data = data[room:]
+        if data:
+            self._tail_size += len(data)
+            _append(self._tail, data)
             self._cut()
 
     def text(self) -> str:
-        self._cut()
-        if not self.left_out:
-            return (self._head + self._tail).decode(errors="replace")
-        note = f"\n… {self.left_out} bytes left out …\n"
-        return self._head.decode(errors="replace") + note + self._tail.decode(errors="replace")
+        """All that is kept, which is not kept in here any longer: it may be long, and need not be there twice."""
+        self._cut(exactly=True)
+        # In ASCII: one character beyond it would double the memory that all of the text takes.
+        note = b"\n... %d bytes left out ...\n" % self.left_out if self.left_out else b""
+        data = b"".join((*self._head, note, *self._tail))
+        self._head.clear()
+        self._tail.clear()
+        return data.decode(errors="replace")
 
-    def _cut(self) -> None:
-        over = len(self._tail) - self._half
-        if over > 0:
-            del self._tail[:over]
-            self.left_out += over
+    def _cut(self, *, exactly: bool = False) -> None:
+        while (over := self._tail_size - self._half) > 0:
+            oldest = self._tail[0]
+            gone = min(over, len(oldest))
+            if gone == len(oldest):
+                self._tail.popleft()
+            elif not exactly and over < PIECE_BYTES:
+                return  # not at every byte: cutting off the front of a piece moves its rest
+            else:
+                del oldest[:gone]
+            self._tail_size -= gone
+            self.left_out += gone
+
+
+def _append(pieces: deque[bytearray], data: bytes) -> None:
+    """Small pieces are put together: each costs something besides its bytes."""
+    if pieces and len(pieces[-1]) < PIECE_BYTES:
+        pieces[-1].extend(data)
+    else:
+        pieces.append(bytearray(data))
 
 
 class Outputs:
