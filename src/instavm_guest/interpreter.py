@@ -219,7 +219,9 @@ class Interpreter:
     def _heard(self, _fd: int) -> None:
         assert self._line is not None
         try:
-            data = self._line.recv(65536)
+            data = self._line.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return  # told of a descriptor that was another one's until just now
         except OSError:
             data = b""
         if not data:

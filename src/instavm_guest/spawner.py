@@ -119,6 +119,8 @@ def _make_dev(dev: str) -> None:
 def _serve(line: socket.socket) -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    # One that is for a program may come when it is a copy of us still, and must not be an exception in there.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     poll = select.poll()
     poll.register(line, select.POLLIN)
