@@ -20,6 +20,7 @@ from pathlib import Path
 
 from instavm import InstaVM
 from instavm.bench import report
+from instavm.errors import ProcessNotFound
 from instavm.sandbox import (
     Command,
     Ended,
@@ -27,6 +28,10 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    ProcessLog,
+    ProcessSpec,
+    ProcessState,
+    ProcessWait,
     SandboxSpec,
     Started,
     StoredFile,
@@ -52,6 +57,23 @@ class NullNode:
         yield b"42"
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None: ...
+
+    async def start_process(self, vm_id: str, spec: ProcessSpec) -> ProcessState:
+        raise ProcessNotFound("this node runs nothing")
+
+    async def processes(self, vm_id: str) -> list[ProcessState]:
+        return []
+
+    async def read_process(
+        self, vm_id: str, process_id: str, since: int, size: int, until: ProcessWait, timeout_s: float
+    ) -> ProcessLog:
+        raise ProcessNotFound("this node runs nothing")
+
+    async def write_process(self, vm_id: str, process_id: str, data: bytes, last: bool) -> ProcessState:
+        raise ProcessNotFound("this node runs nothing")
+
+    async def signal_process(self, vm_id: str, process_id: str, signum: int) -> ProcessState:
+        raise ProcessNotFound("this node runs nothing")
 
     async def adopted(self) -> Mapping[str, Started]:
         return {}

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from instavm.errors import NoCapacity as NoCapacity
     from instavm.errors import NotFound as NotFound
     from instavm.errors import OutcomeUnknown as OutcomeUnknown
+    from instavm.errors import ProcessEnded as ProcessEnded
+    from instavm.errors import ProcessError as ProcessError
+    from instavm.errors import ProcessNotFound as ProcessNotFound
     from instavm.errors import QuotaExceededError as QuotaExceededError
     from instavm.errors import RateLimitError as RateLimitError
     from instavm.errors import SessionEnded as SessionEnded
@@ -52,6 +55,9 @@ _ERRORS: Final = (
     "NoCapacity",
     "NotFound",
     "OutcomeUnknown",
+    "ProcessEnded",
+    "ProcessError",
+    "ProcessNotFound",
     "QuotaExceededError",
     "RateLimitError",
     "SessionEnded",

@@ -14,6 +14,9 @@ InstaVMError
 │   └── OutcomeUnknown      the sandbox was lost on the way: the code may or may not have run
 ├── FileError               a file in a sandbox cannot be read or written: a directory, a device, no permission
 │   └── FileMissing            there is no such file
+├── ProcessError            something about a process in a sandbox: its stdin is closed, or full
+│   ├── ProcessNotFound     there is none of this id in the session's sandbox
+│   └── ProcessEnded        it has ended, and takes neither input nor signals
 ├── Conflict                the request contradicts an earlier one with the same Idempotency-Key
 ├── NotFound                there is no such thing, or it is somebody else's
 ├── RateLimitError          try again later
@@ -101,6 +104,18 @@ class FileError(InstaVMError):
 
 class FileMissing(FileError):
     code = "file_not_found"
+
+
+class ProcessError(InstaVMError):
+    code = "process"
+
+
+class ProcessNotFound(ProcessError):
+    code = "process_not_found"
+
+
+class ProcessEnded(ProcessError):
+    code = "process_ended"
 
 
 class NotFound(InstaVMError):

@@ -45,6 +45,33 @@ FORM_BYTES: Final = 64 << 10
 """All text parts of an upload together."""
 TASK_OUTPUT_BYTES: Final = 4 << 20
 """How much of a task's stdout, and of its stderr, is kept (head and tail)."""
+PROCESS_COMMAND_BYTES: Final = 64 << 10
+"""All words of a process's command together."""
+PROCESS_WORDS: Final = 1024
+PROCESS_LOG_BYTES: Final = 1 << 20
+"""How much of a process's output its sandbox keeps at most: the latest. Also the largest window of it in one answer."""
+PROCESS_WINDOW_BYTES_MIN: Final = 1024
+PROCESS_INPUT_BYTES: Final = 1 << 20
+"""Longest piece of stdin, and how much of it may wait for a process that does not read."""
+PROCESS_WAIT_S_MAX: Final = 60
+"""Longest that one request waits for the end of a process; clients ask again."""
+SHELLS: Final = ("bash", "sh")
+SIGNALS: Final[Mapping[str, int]] = {
+    "HUP": 1,
+    "INT": 2,
+    "QUIT": 3,
+    "ABRT": 6,
+    "KILL": 9,
+    "USR1": 10,
+    "USR2": 12,
+    "ALRM": 14,
+    "TERM": 15,
+    "CONT": 18,
+    "STOP": 19,
+    "TSTP": 20,
+    "WINCH": 28,
+}
+"""Name → number, as Linux has them: the client may run elsewhere."""
 IDEMPOTENCY_KEY_CHARS: Final = 255
 
 LIST_LIMIT_MAX: Final = 1000
@@ -74,6 +101,18 @@ ALLOWED: Final[Mapping[str, str]] = {
     "port": "a whole number from 1 to 65535",
     "entries": "a list of {env_name, value}",
     "idempotency-key": f"1 to {IDEMPOTENCY_KEY_CHARS} printable ASCII characters",
+    "process command": (
+        f"a line for the shell, or a list of 1 to {PROCESS_WORDS} words; not blank, without NUL,"
+        f" {PROCESS_COMMAND_BYTES} bytes of UTF-8 in all"
+    ),
+    "shell": "one of " + ", ".join(SHELLS),
+    "cwd": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
+    "signal": "one of " + ", ".join(SIGNALS) + ", with or without SIG in front, or its number",
+    "data": f"at most {PROCESS_INPUT_BYTES} bytes, as text or, with encoding base64, as base64",
+    "encoding": "utf-8 or base64",
+    "after": "a position in the process's output: a whole number, not more than were written",
+    "size": f"a whole number from {PROCESS_WINDOW_BYTES_MIN} to {PROCESS_LOG_BYTES} (bytes)",
+    "process timeout": f"a number from 0 to {PROCESS_WAIT_S_MAX} (seconds)",
     "session_id": "the id of a session (a UUID)",
     "body": f"at most {BODY_BYTES} bytes",
 }

@@ -13,6 +13,7 @@ from instavm_guest.files import Files
 from instavm_guest.frames import Message
 from instavm_guest.interpreter import Interpreter, javascript, python
 from instavm_guest.kept import Tasks
+from instavm_guest.processes import Processes, Refused
 from instavm_guest.programs import Programs
 
 SHELLS = {
@@ -37,6 +38,7 @@ class Agent:
         self._javascript = Interpreter(self, self._programs, javascript())
         self._files = Files(self, self._programs)
         self._tasks = Tasks(self.send)
+        self._processes = Processes(self, self._programs)
         self._link = link.open_link()
         self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
 
@@ -112,6 +114,8 @@ class Agent:
                     self._file(kind, request, payload)
                 else:
                     self._handle(kind, request, frames.decode_json(payload))
+            except Refused as exc:
+                self.fail(request, exc.code, str(exc))
             except Exception as exc:  # the edge of one request: it fails, the agent goes on
                 self.fail(request, "agent_error", f"{type(exc).__name__}: {exc}")
 
@@ -142,7 +146,12 @@ class Agent:
             self._interpreter.cancel(request)
             self._javascript.cancel(request)
             self._files.cancel(request)
+            self._processes.cancel(request)
+        elif kind == frames.PROCESS:
+            self._require_identity()
+            self._processes.handle(request, message, self._env)
         elif kind == frames.SYNC:
+            self._processes.forget_waiting()
             self.send(frames.SYNCED, 0, message["token"].encode())
         elif kind == frames.STAGE_ENV:
             self._env.update(message["env"])
@@ -150,10 +159,12 @@ class Agent:
             self._javascript.stage(message["env"])
             self.answer(request, {})
 
-    def _execute(self, request: int, message: Message) -> None:
+    def _require_identity(self) -> None:
         if not self._identified:
-            self.fail(request, "not_identified", "this clone has no identity of its own yet")
-            return
+            raise Refused("not_identified", "this clone has no identity of its own yet")
+
+    def _execute(self, request: int, message: Message) -> None:
+        self._require_identity()
         if "task" in message and self._tasks.joined(message["task"], request):
             return
         code, language, timeout_s = message["code"], message["language"], message["timeout_ms"] / 1000
@@ -172,9 +183,7 @@ class Agent:
             self._programs.run(request, programs, env, self._cwd, timeout_s)
 
     def _file(self, kind: int, request: int, payload: bytes) -> None:
-        if not self._identified:
-            self.fail(request, "not_identified", "this clone has no identity of its own yet")
-            return
+        self._require_identity()
         self._files.handle(kind, request, payload)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from instavm_guest import frames
 from instavm_guest.frames import Message
 from instavm_guest.programs import EXIT_MISSING, Output, Programs, memory_file, result
-from instavm_guest.worker import ANSWER, ANSWERED, ASK, CUT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
+from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, CUT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class Interpreter:
         self._restarted = False
         self._doomed = False
         self._reason: str | None = None
+        self._interrupted = False
+        """Whether the worker was sent an interrupt since its last request, which may still be on its way."""
         self._line: socket.socket | None = None
         self._inbox = bytearray()
         self._number = 0
@@ -162,6 +164,7 @@ class Interpreter:
     def _interrupt(self, reason: str) -> None:
         self._reason = reason
         self._deadline = time.monotonic() + INTERRUPT_GRACE_S
+        self._interrupted = True
         self._programs.signal(self._number, signal.SIGINT)
 
     def _kill_children(self) -> None:
@@ -178,7 +181,7 @@ class Interpreter:
         fds = [null, outputs[0].write_end, outputs[1].write_end, theirs.fileno(), source, pulse]
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
-        self._doomed = False
+        self._doomed = self._interrupted = False
         self._number = self._programs.spawn(self._kind.programs, self._env, self._cwd, self._cgroup, fds, self._died)
         for fd in (null, source, pulse):
             os.close(fd)
@@ -205,8 +208,9 @@ class Interpreter:
         env = {**self._new_env, **cell.env}
         extra = json.dumps(env).encode() if env else b""
         code = cell.code.encode("utf-8", "surrogatepass")
-        ask = ASK.pack(self._fresh, len(code), len(extra)) + code + extra
-        self._fresh, self._new_env = 0, {}
+        flags = self._fresh | (AWAIT if self._interrupted else 0)
+        ask = ASK.pack(flags, len(code), len(extra)) + code + extra
+        self._fresh, self._new_env, self._interrupted = 0, {}, False
         try:
             self._line.sendall(ask)
         except OSError:
@@ -215,7 +219,9 @@ class Interpreter:
     def _heard(self, _fd: int) -> None:
         assert self._line is not None
         try:
-            data = self._line.recv(65536)
+            data = self._line.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return  # told of a descriptor that was another one's until just now
         except OSError:
             data = b""
         if not data:

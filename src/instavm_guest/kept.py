@@ -31,7 +31,7 @@ class Stream:
         if over > 0:
             del self._tail[:over]
             self.left_out += over
-        note = f"\n… {self.left_out} bytes left out …\n".encode() if self.left_out else b""
+        note = b"\n... %d bytes left out ...\n" % self.left_out if self.left_out else b""
         data = bytes(self._head) + note + bytes(self._tail)
         for start in range(0, len(data), frames.CHUNK):
             yield data[start : start + frames.CHUNK]

@@ -31,12 +31,16 @@ EXIT_MISSING = 127
 
 
 class Output:
-    """The reading end of a program's stdout or stderr. Passes on what comes, for `request` while there is one."""
+    """The reading end of a program's stdout or stderr.
 
-    def __init__(self, agent: Agent, kind: int) -> None:
+    What comes goes to `sink` if there is one, else to the host for `request` while there is one.
+    """
+
+    def __init__(self, agent: Agent, kind: int, sink: Callable[[int, bytes], None] | None = None) -> None:
         self._agent = agent
         self._kind = kind
         self.request: int | None = None
+        self.sink = sink
         self._read, self.write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._read, False)
         try:
@@ -69,6 +73,8 @@ class Output:
             return False
         if self.request is not None:
             self._agent.send(self._kind, self.request, data)
+        elif self.sink is not None:
+            self.sink(self._kind, data)
         return True
 
     def close(self) -> None:
@@ -140,6 +146,7 @@ class Programs:
         self._line = line
         self._number = 0
         self._on_exit: dict[int, Callable[[Message], None]] = {}
+        self._on_start: dict[int, Callable[[int], None]] = {}
         self._pids: dict[int, int] = {}
         self._runs: dict[int, Run] = {}
         self._lingering: list[Cgroup] = []
@@ -153,24 +160,39 @@ class Programs:
         cgroup: Cgroup,
         fds: list[int],
         on_exit: Callable[[Message], None],
+        *,
+        on_start: Callable[[int], None] | None = None,
+        cwd_must: bool = False,
     ) -> int:
-        """Start the first of `programs` that the image has; the number by which it can be signalled."""
-        self._number += 1
-        self._on_exit[self._number] = on_exit
-        ask = json.dumps({"id": self._number, "programs": programs, "env": env, "cwd": cwd}).encode()
+        """Start the first of `programs` that the image has; the number by which it can be signalled.
+
+        on_start: is told its pid, before `on_exit` is told of its end. cwd_must: without `cwd` it does not start, else it
+        starts in `/`. Raises: OSError, also for an environment that is too long.
+        """
+        number = self._number + 1
+        ask = json.dumps({"id": number, "programs": programs, "env": env, "cwd": cwd, "must": cwd_must}).encode()
         procs = cgroup.open_procs()
         try:
             socket.send_fds(self._line, [ask], [procs, *fds])
         finally:
             os.close(procs)
-        return self._number
+        self._number = number
+        self._on_exit[number] = on_exit
+        if on_start is not None:
+            self._on_start[number] = on_start
+        return number
 
     def pid(self, number: int) -> int | None:
         """A program's number in the user's world, while it runs and as soon as the spawner has told it."""
         return self._pids.get(number)
 
-    def signal(self, number: int, signum: int) -> None:
-        self._line.send(json.dumps({"id": number, "signal": signum}).encode())
+    def signal(self, number: int, signum: int, *, group: bool = False) -> None:
+        """`group`: to its whole process group."""
+        self._line.send(json.dumps({"id": number, "signal": signum, "group": group}).encode())
+
+    def release(self, cgroup: Cgroup) -> None:
+        """Remove it, as soon as nothing runs in it any more."""
+        self._lingering = [group for group in (*self._lingering, cgroup) if not group.remove()]
 
     def run(
         self, request: int, programs: Sequence[tuple[str, ...]], env: dict[str, str], cwd: str, timeout_s: float
@@ -206,7 +228,7 @@ class Programs:
     def _ended(self, run: Run, report: Message) -> None:
         del self._runs[run.request]
         run.exited(report)
-        self._lingering = [group for group in (*self._lingering, run.cgroup) if not group.remove()]
+        self.release(run.cgroup)
 
     def _heard(self, _fd: int) -> None:
         data = self._line.recv(65536)
@@ -215,6 +237,8 @@ class Programs:
         report = json.loads(data)
         if "pid" in report:
             self._pids[report["id"]] = report["pid"]
+            if self._on_start and (tell := self._on_start.pop(report["id"], None)) is not None:
+                tell(report["pid"])
         elif "exit" in report:
             self._pids.pop(report["id"], None)
             self._on_exit.pop(report["id"])(report)

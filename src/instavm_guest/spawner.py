@@ -119,6 +119,8 @@ def _make_dev(dev: str) -> None:
 def _serve(line: socket.socket) -> None:
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    # One that is for a program may come when it is a copy of us still, and must not be an exception in there.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     poll = select.poll()
     poll.register(line, select.POLLIN)
@@ -140,7 +142,7 @@ def _handle(line: socket.socket, ask: Message, fds: list[int], children: dict[in
     if "signal" in ask:
         for pid, number in children.items():
             if number == ask["id"]:
-                os.kill(pid, ask["signal"])
+                _signal(pid, ask["signal"], ask["group"])
         return
     pid = os.fork()
     if pid == 0:
@@ -149,6 +151,16 @@ def _handle(line: socket.socket, ask: Message, fds: list[int], children: dict[in
         os.close(fd)
     children[pid] = ask["id"]
     line.send(json.dumps({"id": ask["id"], "pid": pid}).encode())
+
+
+def _signal(pid: int, signum: int, group: bool) -> None:
+    if group:
+        try:
+            os.killpg(pid, signum)
+            return
+        except ProcessLookupError:
+            pass  # it has not made its group yet, or has left it
+    os.kill(pid, signum)
 
 
 def _become(ask: Message, fds: list[int]) -> None:
@@ -166,6 +178,8 @@ def _become(ask: Message, fds: list[int]) -> None:
         try:
             os.chdir(ask["cwd"])
         except OSError:
+            if ask["must"]:
+                raise
             os.chdir("/")
         os.closerange(len(high), 256)
         env = ask["env"]

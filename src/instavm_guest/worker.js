@@ -15,6 +15,9 @@
 
   const ASK_BYTES = 9;
   const ANSWER_BYTES = 30;
+  const AWAIT = 8;
+  const AWAIT_MS = 500;
+  const later = setTimeout;
 
   class Exit {
     constructor(code) { this.code = code; }
@@ -37,7 +40,11 @@
   globalThis.exports = globalThis.module.exports;
 
   let stop = null; // ends the cell that is waiting for something
-  process.on('SIGINT', () => { if (stop) stop(new Interrupted()); });
+  let interrupts = 0; // that have arrived since the latest cell began
+  process.on('SIGINT', () => {
+    interrupts += 1;
+    if (stop) stop(new Interrupted());
+  });
   process.on('uncaughtException', (error) => {
     if (error instanceof Exit) leave(error.code);
     write(2, `Uncaught ${shown(error)}\n`);
@@ -60,7 +67,9 @@
       return 0;
     }
     if (error instanceof Exit) return error.code;
-    if (error instanceof Interrupted || (error && error.code === 'ERR_SCRIPT_EXECUTION_INTERRUPTED')) {
+    const inScript = error && error.code === 'ERR_SCRIPT_EXECUTION_INTERRUPTED';
+    if (error instanceof Interrupted || inScript) {
+      if (inScript) interrupts += 1; // Node took the signal itself
       write(2, 'Interrupted\n');
       return 130;
     }
@@ -102,6 +111,7 @@
 
   function perform(code, env) {
     Object.assign(process.env, env);
+    interrupts = 0;
     const wall = process.hrtime.bigint();
     const cpu = process.cpuUsage();
     run(code).then((exitCode) => {
@@ -115,6 +125,23 @@
     });
   }
 
+  // An interrupt that was meant for an earlier cell must have come before the next one begins. One that came at the very
+  // end of a script is swallowed by Node, which then interrupts the next script, whatever that is: let it be this loop.
+  function afterInterrupt(then, left) {
+    if (interrupts === 0 && left > 0) {
+      later(afterInterrupt, 1, then, left - 1);
+      return;
+    }
+    if (interrupts === 0) {
+      try {
+        vm.runInThisContext('for (let i = 0; i < 1e7; i++);', { breakOnSigint: true, displayErrors: false });
+      } catch {
+        // it was
+      }
+    }
+    then();
+  }
+
   let inbox = Buffer.alloc(0);
   const line = new net.Socket({ fd: 3, readable: true, writable: true });
   line.on('end', () => leave(0));
@@ -126,7 +153,9 @@
     if (inbox.length < end) return;
     const code = inbox.toString('utf8', ASK_BYTES, codeEnd);
     const env = end > codeEnd ? JSON.parse(inbox.toString('utf8', codeEnd, end)) : {};
+    const flags = inbox[0];
     inbox = inbox.subarray(end);
-    perform(code, env);
+    if (flags & AWAIT) afterInterrupt(() => perform(code, env), AWAIT_MS);
+    else perform(code, env);
   });
 })();

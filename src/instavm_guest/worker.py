@@ -40,6 +40,9 @@ ANSWER = struct.Struct("!BBiddQ")
 FRESH = 1  # first cell in a new sandbox: generators must not go on where the template's were
 REHEARSE = 2  # no cell; go through the motions of one, again and again, until the next request comes
 ENOUGH = 4  # no cell; only an end to the rehearsal
+AWAIT = 8  # an earlier cell was sent an interrupt, which must have arrived before this one begins
+AWAIT_MS = 500
+"""How long it is waited for at most: the user's code may have taken the signal away from us."""
 ANSWERED, SHOWN = 0, 1  # first byte of what the worker sends
 CUT = 1  # a flag of an answer: outputs were dropped
 
@@ -140,6 +143,8 @@ class Space:
         self.own = set(self.names)
         self.running = False
         """Whether an interrupt is for the cell."""
+        self.interrupts = 0
+        """Interrupts that have arrived since the latest cell began."""
         self.starting = False
         """Whether it is us who import IPython, just now."""
         self.number = 0
@@ -179,6 +184,13 @@ class Space:
             task.cancel()
             self._loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
             raise
+
+    def await_interrupt(self) -> None:
+        """Let an interrupt that was meant for an earlier cell come now, when it does no harm."""
+        for _ in range(AWAIT_MS):
+            if self.interrupts:
+                return
+            select.select([], [], [], 0.001)
 
     def clean(self) -> None:
         """Forget what cells have left: the names of a template's warm-up are not the user's."""
@@ -324,7 +336,7 @@ def perform(line: Line, code: str, space: Space, meter: Meter, streams: Streams)
     """One cell from its code to its answer; the exit code."""
     streams.mend()
     space.number += 1
-    space.cut, space.shown, space.count = False, 0, 0
+    space.cut, space.shown, space.count, space.interrupts = False, 0, 0, 0
     meter.start()
     exit_code = finished(Cell(space.number, code), space)
     flush()
@@ -439,6 +451,8 @@ def main(sources: dict[str, str]) -> None:
             continue
         if flags & ENOUGH:
             continue
+        if flags & AWAIT:
+            space.await_interrupt()
         if flags & FRESH:
             reseed()
         if env:
@@ -473,6 +487,7 @@ def _display(space: Space, values: Sequence[object]) -> None:
 
 def _interrupt_only_cells(space: Space) -> None:
     def interrupted(signum: int, frame: object) -> None:
+        space.interrupts += 1
         if space.running:
             raise KeyboardInterrupt
 

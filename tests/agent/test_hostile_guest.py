@@ -9,7 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from instavm.errors import GuestProtocolError, InstaVMError, OutcomeUnknown
+from instavm.errors import (
+    ExecutionError,
+    GuestProtocolError,
+    InstaVMError,
+    OutcomeUnknown,
+    ProcessEnded,
+    ProcessError,
+    ProcessNotFound,
+    RateLimitError,
+)
+from instavm.node import processes
 from instavm.node.agent import connected
 from instavm.sandbox import Command
 from instavm_guest import frames
@@ -114,10 +124,11 @@ async def test_answers_that_nobody_asked_for_are_dropped():
     assert outcome.stdout == ""
 
 
-async def test_a_second_hello_means_that_the_agent_died():
+async def test_a_hello_to_a_host_that_knew_an_agent_means_that_this_one_died():
     hello = frames.encode_json(frames.HELLO, 0, {"protocol": 1, "python": "3", "kernel": "6"})
-    with pytest.raises(OutcomeUnknown, match="restarted"):
-        await answered(lambda n: hello + hello)
+    for said in (hello, hello + hello):
+        with pytest.raises(OutcomeUnknown, match="was killed"):
+            await answered(lambda n, said=said: said)
 
 
 async def test_an_endless_stream_is_kept_to_its_limit():
@@ -177,3 +188,81 @@ async def test_endless_outputs_are_kept_to_their_limits():
         lambda n: output(piece, last=False)(n) * 500 + output(b"")(n) + frames.encode_json(frames.DONE, n, GOOD)
     )
     assert (outcome.outputs, outcome.truncated) == ((), True)
+
+
+STATE = {
+    "name": "prc_1",
+    "command": "x",
+    "cwd": "/",
+    "pid": 7,
+    "started_ns": 1,
+    "begin": 0,
+    "end": 3,
+    "stdin": True,
+}
+
+
+async def read_from(answer):
+    """What reading a process's log gives when the guest answers so."""
+    caught = None
+    async with guest() as (agent, play), anyio.create_task_group() as tasks:
+
+        async def be_the_guest():
+            asked = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX).feed(await play.receive())
+            await play.send(answer(asked[0][1]))
+
+        tasks.start_soon(be_the_guest)
+        with anyio.fail_after(30):
+            try:
+                return await processes.read(agent, "prc_1", 0, 1024, "now", 0.0)
+            except InstaVMError as exc:
+                caught = exc
+    raise caught
+
+
+async def test_a_window_of_a_log_is_what_was_asked_for():
+    log = await read_from(lambda n: frames.encode(frames.STDOUT, n, b"abc") + frames.encode_json(frames.DONE, n, STATE))
+    assert (log.pieces, log.next, log.lost, log.state.ended) == ((("stdout", b"abc"),), 3, 0, None)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"name": None},
+        {"command": ["x"]},
+        {"pid": -1},
+        {"pid": True},
+        {"begin": -1},
+        {"end": "3"},
+        {"end": 1 << 70},
+        {"started_ns": 1 << 80},
+        {"ended": {}},
+        {"ended": {**GOOD, "exit_code": 256}},
+        {"ended": {**GOOD, "reason": "because"}},
+        {"ended": {**GOOD, "signal": 1000}},
+        {"ended": {**GOOD, "wall_us": -1}},
+    ],
+)
+async def test_a_state_with_an_impossible_value_is_refused(lie):
+    with pytest.raises(GuestProtocolError):
+        await read_from(lambda n: frames.encode_json(frames.DONE, n, {**STATE, **lie}))
+
+
+async def test_more_of_a_log_than_was_asked_for_ends_the_line():
+    with pytest.raises(GuestProtocolError, match="more of a log"):
+        await read_from(lambda n: frames.encode(frames.STDERR, n, b"x" * 1025))
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("no_process", ProcessNotFound),
+        ("process_ended", ProcessEnded),
+        ("stdin_full", ProcessError),
+        ("too_many", RateLimitError),
+        ("whatever", ExecutionError),
+    ],
+)
+async def test_a_refusal_is_told_as_what_it_is(code, kind):
+    with pytest.raises(kind):
+        await read_from(lambda n: frames.encode_json(frames.FAILED, n, {"code": code, "message": "m"}))

@@ -6,8 +6,10 @@ import anyio
 import httpx
 import pytest
 
-from instavm import AsyncInstaVM, InvalidInput, NotFound, SessionEnded
+from instavm import AsyncInstaVM, InvalidInput, NotFound, OutcomeUnknown, SessionEnded
 from instavm.client.calls import executions
+from instavm.client.streaming import follow
+from instavm.control import streams
 
 UNTIL_GO = "echo one; while [ ! -e go ]; do sleep 0.02; done; echo two; exit 3"
 
@@ -73,6 +75,41 @@ def test_it_can_be_cancelled_and_says_so(vm):
     assert (event.result.reason, event.result.exit_code, event.result.stdout) == ("cancelled", 130, "one\n")
     assert not vm.cancel(event.execution_id)
     assert "cancelled" in vm.explain(event.result)
+
+
+def test_what_an_execution_told_is_kept_for_a_quarter_of_an_hour(server, vm, http):
+    """A client that lost its connection and comes back after five minutes has missed nothing."""
+    ask = {"command": UNTIL_GO, "language": "bash", "session_id": vm.session_id}
+    with http.stream("POST", "/execute/stream", json=ask) as response:
+        execution = response.headers["X-Execution-Id"]
+        next(events(response))
+    go(server, vm)
+    followed = server.control.streams._known[execution]
+    server.portal.call(followed.after, 2)
+
+    def later(seconds):
+        """As if so long had gone by; what is old is forgotten when something new begins."""
+        followed.ended_at -= seconds
+        list(vm.stream("true", language="bash"))
+        with http.stream("GET", f"/v1/executions/{execution}/stream?after=1") as response:
+            return response.status_code, [data for _, _, data in events(response)]
+
+    status, (text, result) = later(300)
+    assert (status, text["text"], result["exit_code"]) == (200, "two\n", 3)
+    assert later(streams.KEPT_S - 310)[0] == 200
+    assert later(20)[0] == 404
+
+
+def test_an_execution_that_the_server_has_forgotten_has_an_unknown_outcome(server, vm):
+    """As after a restart: the reader is told that nobody knows, not that there never was such a thing."""
+    following = vm.stream("echo one; sleep 1000", language="bash")
+    execution = next(following).execution_id
+    server.control.streams._known.pop(execution)
+    reader = following.gi_frame.f_locals["reader"]
+    reader._event = {}
+    with pytest.raises(OutcomeUnknown, match="may or may not have finished"):
+        list(follow(vm._link, reader))
+    following.close()
 
 
 def test_an_execution_of_somebody_else_does_not_exist(server, vm):

@@ -1,8 +1,9 @@
-"""The `instavm` program, which ends itself with SIGKILL at a chosen point of its work.
+"""The `instavm` program, one of whose processes ends itself with SIGKILL at a chosen point of its work.
 
     mortal_server.py MODULE:NAME before|after instavm-arguments...
 
-`before` or `after` the first call of that function from the moment that a sandbox was asked for.
+`before` or `after` the first call of that function from the moment that a sandbox was asked for: in the node's process when
+it is the node's, in control's when it is control's.
 """
 
 import functools
@@ -12,8 +13,10 @@ import os
 import signal
 import sys
 
+from instavm import serve
 from instavm.cli import main
 from instavm.control.sessions import Sessions
+from instavm.node.runtime import Runtime
 
 
 def mortal(where: str, when: str) -> None:
@@ -46,18 +49,25 @@ def mortal(where: str, when: str) -> None:
 ASKED: list[bool] = []
 
 
-def watch_for_the_first_create() -> None:
-    create = Sessions.create
+def watch_for_the_first(owner, name) -> None:
+    real = getattr(owner, name)
 
     async def asked(*args, **kwargs):
         ASKED.append(True)
-        return await create(*args, **kwargs)
+        return await real(*args, **kwargs)
 
-    Sessions.create = asked
+    setattr(owner, name, asked)
 
 
 if __name__ == "__main__":
     _, where, when, *sys.argv[1:] = sys.argv
-    watch_for_the_first_create()
-    mortal(where, when)
+    if "--control" in sys.argv:
+        watch_for_the_first(Sessions, "create")
+        mortal(where, when)
+        sys.exit(serve.run_control(sys.argv[1:]))
+    if where.startswith("instavm.control"):
+        serve.CONTROL = (sys.executable, __file__, where, when, "--control")
+    else:
+        watch_for_the_first(Runtime, "start")
+        mortal(where, when)
     main()

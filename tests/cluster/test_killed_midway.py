@@ -32,7 +32,8 @@ def test_killed_at(servers, point):
     servers.start(sys.executable, str(MORTAL), where, when, SPARE_MACHINES=0)
     with pytest.raises(httpx.TransportError):
         httpx.post(url, headers=headers, **ask)
-    assert servers.process.wait(60) == -signal.SIGKILL
+    status = servers.process.wait(60)
+    assert status == -signal.SIGKILL if "instavm.node" in where else status > 0
 
     servers.start(SPARE_MACHINES=0)
     left = inventory.take(servers.state)

@@ -52,6 +52,30 @@ async def test_a_kernel_that_panics_ends_its_sandbox(node, start):
     assert (await until_ended(node, sandbox.vm_id)).reason is EndReason.CRASHED
 
 
+KILL_ALL_BUT_INIT = "echo 1 > /proc/sys/kernel/sysrq; echo i > /proc/sysrq-trigger; sleep 60"
+NOTICED_S = 5
+
+
+async def test_an_agent_that_root_kills_under_a_command_is_noticed(node, start):
+    """From inside it is not to be seen, but the kernel kills it for root. Nobody knows whether the command ran."""
+    sandbox = await start()
+    with anyio.fail_after(NOTICED_S), pytest.raises(OutcomeUnknown, match="was killed"):
+        await sandbox.bash(KILL_ALL_BUT_INIT, timeout_s=200)
+    ended = await until_ended(node, sandbox.vm_id)
+    assert ended.reason is EndReason.CRASHED and "agent was killed" in ended.detail
+
+
+async def test_an_agent_that_is_killed_while_nothing_runs_is_noticed_too(node, start):
+    """Or the sandbox would look alive, and refuse whatever it is asked."""
+    sandbox = await start()
+    later = "setsid bash -c 'sleep 1; echo i > /proc/sysrq-trigger' >/dev/null 2>&1 </dev/null &"
+    await sandbox.bash("echo 1 > /proc/sys/kernel/sysrq; " + later)
+    with anyio.fail_after(NOTICED_S):
+        assert "agent was killed" in (await until_ended(node, sandbox.vm_id)).detail
+    with pytest.raises(SessionEnded):
+        await sandbox.python("print(1)")
+
+
 async def test_a_command_whose_caller_goes_away_is_stopped_inside(sandbox):
     with anyio.move_on_after(1):
         await sandbox.bash("sleep 1234", timeout_s=200)

@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from instavm.cli import bench, doctor, execute, keys, server, tenants, version
+from instavm.cli import bench, doctor, execute, keys, processes, server, tenants, version
 from instavm.errors import InstaVMError
 
 INTERRUPTED: Final = 130
@@ -21,6 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("exec", help="Run code in a fresh sandbox and print what it prints.")(execute.execute)
+app.command("run", help="Run a program in a session's sandbox, in the background with --detach.")(processes.run)
+app.command("ps", help="List the processes of a session's sandbox.")(processes.ps)
+app.command("logs", help="Print what a process has written.")(processes.logs)
+app.command("kill", help="End a process, or send it a signal.")(processes.kill)
 app.command("serve", help="Serve the HTTP API in the foreground.")(server.serve)
 app.command("doctor", help="Check what this host needs to run sandboxes.")(doctor.doctor)
 app.command("bench", help="Measure how fast this machine starts and runs sandboxes.")(bench.bench)

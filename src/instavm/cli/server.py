@@ -28,4 +28,4 @@ def serve(
         listener = listen.Listener(listen.on_tcp(host, port), private=False)
     where = uds or f"http://{host}:{listener.socket.getsockname()[1]}"
     status = server.run(Settings(), listener, ready=lambda: print(f"InstaVM on {where}", flush=True))
-    raise typer.Exit(status)
+    raise typer.Exit(1 if status else 0)

@@ -16,6 +16,7 @@ from instavm.client.binding import Binding
 from instavm.client.calls import executions, files, sessions, tasks, users
 from instavm.client.config import Config
 from instavm.client.places import LocalPath, landing
+from instavm.client.processes import AsyncProcesses
 from instavm.client.results import (
     AppUrl,
     DownloadedFile,
@@ -58,6 +59,8 @@ class AsyncInstaVM(Binding):
         config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
         super().__init__(config)
         self._link = AsyncLink(config)
+        self.processes = AsyncProcesses(self._link, self._session)
+        """Programs that run in the background."""
         self._auto_start = auto_start_session
         self._starting = anyio.Lock()
 

@@ -187,6 +187,46 @@ class Task(Record):
     finished_at: str | None
 
 
+class ProcessInfo(Record):
+    """A process of the sandbox, as it was when this was told. `status`: running or exited; times are seconds.
+
+    `written`: bytes of output so far, of which those from `kept_from` on are kept.
+    """
+
+    process_id: str
+    session_id: str
+    status: str
+    command: str
+    cwd: str
+    pid: int | None
+    started_at: str
+    stdin_open: bool
+    written: int
+    kept_from: int
+    exit_code: int | None
+    signal: int | None
+    reason: str | None
+    execution_time: float | None
+    cpu_time: float | None
+    peak_memory_bytes: int | None
+
+
+class ProcessOutput(ProcessInfo):
+    """A process and a window of its output. `text` is both streams in the order in which they came.
+
+    `next`: where to read on. `lost`: bytes before the window that were not kept.
+    """
+
+    stdout: str
+    stderr: str
+    text: str
+    next: int
+    lost: int
+
+    def __str__(self) -> str:
+        return str(self["text"])
+
+
 class UploadedFile(Record):
     """`remote_path`: where it lies now, absolute. `size` in bytes."""
 

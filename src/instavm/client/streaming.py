@@ -14,6 +14,7 @@ from instavm.client.calls.base import Call, ask, segment
 from instavm.client.errors import from_answer
 from instavm.client.results import Execution, Record
 from instavm.client.transport import AsyncLink, Link, translated
+from instavm.errors import InstaVMError, NotFound, OutcomeUnknown
 from instavm.wire.executions import Execute
 from instavm.wire.streams import ID_HEADER
 
@@ -38,56 +39,89 @@ class StreamEvent(Record):
     result: Execution
 
 
-class Reader:
+class Lines:
     """Puts events together from lines, and remembers where to take them up again. No I/O."""
 
-    def __init__(self, session_id: str, code: str, language: str, timeout: float | None) -> None:
-        given = ask(Execute, command=code, session_id=session_id, language=language, timeout=timeout)
-        self._body = given.model_dump_json(exclude_unset=True).encode()
-        self.execution_id: str | None = None
+    def __init__(self) -> None:
         self.ended = False
-        self.failures = 0
-        self._number = 0
+        self._failures = 0
         self._event: dict[str, str] = {}
-        self._told: dict[str, list[str]] = {"stdout": [], "stderr": []}
-        self._outputs: list[dict[str, Any]] = []
-        self._missed = False
 
     def call(self) -> Call[None]:
         """The request that begins it, or takes it up again."""
-        if self.execution_id is None:
-            return Call("POST", "/execute/stream", _nothing, self._body, answer_s=SILENCE_S, repeatable=False)
-        path = f"/v1/executions/{segment(self.execution_id)}/stream"
-        return Call("GET", path, _nothing, params={"after": str(self._number)}, answer_s=SILENCE_S)
+        raise NotImplementedError
 
     def began(self, response: httpx.Response) -> None:
         """Its head is there."""
-        self.execution_id = response.headers.get(ID_HEADER)
 
     def broke(self, exc: httpx.TransportError) -> float:
         """The connection broke; how long to wait, in seconds, before it is tried again. Raises: NetworkError."""
         self._event = {}
-        self.failures += 1
-        if self.execution_id is None or self.failures > RECONNECTS:
+        self._failures += 1
+        if self._failures > RECONNECTS:
             raise translated(exc, self.call()) from exc
-        return float(FIRST_PAUSE_S * 2 ** (self.failures - 1))
+        return float(FIRST_PAUSE_S * 2 ** (self._failures - 1))
 
-    def line(self, line: str) -> StreamEvent | None:
+    def unknown(self, exc: NotFound) -> InstaVMError:
+        """What it means that the server knows nothing of it."""
+        return exc
+
+    def line(self, line: str) -> Record | None:
         """One line of the stream; the event that it completes. Raises: what the server told instead of a result."""
         name, _, value = line.partition(": ")
         if line:
             self._event[name] = value
             return None
         event, self._event = self._event, {}
-        return self._complete(event) if "event" in event else None
-
-    def _complete(self, event: dict[str, str]) -> StreamEvent:
-        kind, number = event["event"], int(event["id"])
-        self._missed |= number != self._number + 1
-        self._number, self.failures = number, 0
-        if kind == "error":
+        if "event" not in event:
+            return None
+        if event["event"] == "error":
             raise from_answer(200, event["data"].encode())
-        data = json.loads(event["data"])
+        self._failures = 0
+        return self._complete(event["event"], int(event["id"]), json.loads(event["data"]))
+
+    def _complete(self, kind: str, number: int, data: dict[str, Any]) -> Record:
+        raise NotImplementedError
+
+
+class Reader(Lines):
+    """Of an execution."""
+
+    def __init__(self, session_id: str, code: str, language: str, timeout: float | None) -> None:
+        super().__init__()
+        given = ask(Execute, command=code, session_id=session_id, language=language, timeout=timeout)
+        self._body = given.model_dump_json(exclude_unset=True).encode()
+        self.execution_id: str | None = None
+        self._number = 0
+        self._told: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._outputs: list[dict[str, Any]] = []
+        self._missed = False
+
+    def call(self) -> Call[None]:
+        if self.execution_id is None:
+            return Call("POST", "/execute/stream", nothing, self._body, answer_s=SILENCE_S, repeatable=False)
+        path = f"/v1/executions/{segment(self.execution_id)}/stream"
+        return Call("GET", path, nothing, params={"after": str(self._number)}, answer_s=SILENCE_S)
+
+    def began(self, response: httpx.Response) -> None:
+        self.execution_id = response.headers.get(ID_HEADER)
+
+    def broke(self, exc: httpx.TransportError) -> float:
+        if self.execution_id is None:
+            raise translated(exc, self.call()) from exc
+        return super().broke(exc)
+
+    def unknown(self, exc: NotFound) -> InstaVMError:
+        if self.execution_id is None:
+            return exc
+        return OutcomeUnknown(
+            f"execution {self.execution_id} cannot be followed any more, the server that ran it is gone:"
+            " the code may or may not have finished; execute_async and processes outlive their server"
+        )
+
+    def _complete(self, kind: str, number: int, data: dict[str, Any]) -> StreamEvent:
+        self._missed |= number != self._number + 1
+        self._number = number
         if kind in self._told:
             self._told[kind].append(data["text"])
             return self._made(kind, text=data["text"])
@@ -103,8 +137,8 @@ class Reader:
         return StreamEvent(type=kind, execution_id=self.execution_id, **what)
 
 
-def follow(link: Link, reader: Reader) -> Iterator[StreamEvent]:
-    """Events until the result. Raises: as `InstaVM.execute`."""
+def follow(link: Link, reader: Lines) -> Iterator[Any]:
+    """Events until the last. Raises: what ended it instead; NetworkError."""
     while not reader.ended:
         try:
             with link.opened(reader.call()) as response:
@@ -113,12 +147,14 @@ def follow(link: Link, reader: Reader) -> Iterator[StreamEvent]:
                     if (event := reader.line(line)) is not None:
                         yield event
             if not reader.ended:
-                raise httpx.RemoteProtocolError("the stream ended before its result")
+                raise httpx.RemoteProtocolError("the stream ended before its end")
         except httpx.TransportError as exc:
             time.sleep(reader.broke(exc))
+        except NotFound as exc:
+            raise reader.unknown(exc) from exc
 
 
-async def follow_async(link: AsyncLink, reader: Reader) -> AsyncIterator[StreamEvent]:
+async def follow_async(link: AsyncLink, reader: Lines) -> AsyncIterator[Any]:
     """As `follow`."""
     while not reader.ended:
         try:
@@ -128,10 +164,12 @@ async def follow_async(link: AsyncLink, reader: Reader) -> AsyncIterator[StreamE
                     if (event := reader.line(line)) is not None:
                         yield event
             if not reader.ended:
-                raise httpx.RemoteProtocolError("the stream ended before its result")
+                raise httpx.RemoteProtocolError("the stream ended before its end")
         except httpx.TransportError as exc:
             await anyio.sleep(reader.broke(exc))
+        except NotFound as exc:
+            raise reader.unknown(exc) from exc
 
 
-def _nothing(_body: bytes) -> None:
+def nothing(_body: bytes) -> None:
     """A stream is not read as a whole."""

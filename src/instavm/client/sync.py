@@ -13,6 +13,7 @@ from instavm.client.binding import Binding
 from instavm.client.calls import executions, files, sessions, tasks, users
 from instavm.client.config import Config
 from instavm.client.places import LocalPath, landing
+from instavm.client.processes import Processes
 from instavm.client.results import (
     AppUrl,
     DownloadedFile,
@@ -65,6 +66,8 @@ class InstaVM(Binding):
         config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
         super().__init__(config)
         self._link = Link(config)
+        self.processes = Processes(self._link, self._session)
+        """Programs that run in the background."""
         if auto_start_session:
             self.start_session()
 

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI
 
 from instavm.control.accounts import KeyedAccounts, LocalAccounts
-from instavm.control.api import errors, executions, files, health, keys, sessions, streams, tasks, users, vms
+from instavm.control.api import errors, executions, files, health, keys, processes, sessions, streams, tasks, users, vms
 from instavm.control.api.edge import Edge
 from instavm.control.control import Control, open_control
 from instavm.control.node import Node
@@ -52,7 +52,8 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         docs_url="/docs",
         redoc_url=None,
     )
-    for part in (executions, sessions, tasks, files, streams, vms, health, users, keys):  # looked through in this order
+    # looked through in this order
+    for part in (executions, sessions, tasks, files, streams, processes, vms, health, users, keys):
         app.include_router(part.router)
     return app
 

@@ -13,6 +13,7 @@ from instavm.control.adoption import reconcile
 from instavm.control.executions import Executions
 from instavm.control.files import Files
 from instavm.control.node import Node
+from instavm.control.processes import Processes
 from instavm.control.quotas import Policy, Quotas
 from instavm.control.repeats import Repeats
 from instavm.control.sessions import Sessions
@@ -34,6 +35,7 @@ class Control:
     streams: Streams
     tasks: Tasks
     files: Files
+    processes: Processes
     repeats: Repeats
 
     async def stop(self) -> None:
@@ -68,6 +70,7 @@ async def open_control(
             streams=Streams(executions, tasks),
             tasks=Tasks(store, sessions, executions, tasks),
             files=Files(node, sessions),
+            processes=Processes(node, sessions),
             repeats=Repeats(store.repeats),
         )
         await reconcile(node, store, sessions)

@@ -27,6 +27,10 @@ def new_task_id() -> str:
     return "tsk_" + secrets.token_hex(12)
 
 
+def new_process_id() -> str:
+    return "prc_" + secrets.token_hex(8)
+
+
 def new_key() -> str:
     """An API key with 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(32)

@@ -12,6 +12,10 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    ProcessLog,
+    ProcessSpec,
+    ProcessState,
+    ProcessWait,
     SandboxSpec,
     Started,
     StoredFile,
@@ -55,6 +59,35 @@ class Node(Protocol):
 
         Raises, before the first piece where it can: FileMissing, FileError, SessionEnded, OutcomeUnknown.
         """
+        ...
+
+    async def start_process(self, vm_id: str, spec: ProcessSpec) -> ProcessState:
+        """Start a process that runs on in the background; one of this id that is there already is told of instead.
+
+        Raises, as all that follow: ProcessNotFound, ProcessEnded, ProcessError, RateLimitError (too many run), SessionEnded,
+        OutcomeUnknown.
+        """
+        ...
+
+    async def processes(self, vm_id: str) -> list[ProcessState]:
+        """Those that run, and of those that have ended the latest, in the order in which they began or ended."""
+        ...
+
+    async def read_process(
+        self, vm_id: str, process_id: str, since: int, size: int, until: ProcessWait, timeout_s: float
+    ) -> ProcessLog:
+        """At most `size` bytes of its log from position `since`, or from the oldest that is kept.
+
+        until: what to wait for, `timeout_s` at most; then what there is by then is told.
+        """
+        ...
+
+    async def write_process(self, vm_id: str, process_id: str, data: bytes, last: bool) -> ProcessState:
+        """Give its stdin `data`, all or nothing, and then its end if this is the last."""
+        ...
+
+    async def signal_process(self, vm_id: str, process_id: str, signum: int) -> ProcessState:
+        """To its process group; SIGKILL to everything that it has started, also after its own end."""
         ...
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:

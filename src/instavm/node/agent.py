@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 import secrets
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ KIB_MAX = 1 << 40
 SIGNAL_MAX = 64
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
 SYNC_AGAIN_S = 0.5
+PIECE_BYTES = 256 << 10
+"""In pieces of about this size output is kept."""
 REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
 
 
@@ -36,29 +39,51 @@ class Capture:
 
     def __init__(self, limit: int = limits.OUTPUT_BYTES) -> None:
         self._half = limit // 2
-        self._head = bytearray()
-        self._tail = bytearray()
+        self._head: deque[bytearray] = deque()
+        self._tail: deque[bytearray] = deque()
+        self._head_size = self._tail_size = 0
         self.left_out = 0
 
     def add(self, data: bytes) -> None:
-        room = self._half - len(self._head)
-        self._head += data[:room]
-        self._tail += data[room:] if room < len(data) else b""
-        if len(self._tail) > 2 * self._half:
+        if room := self._half - self._head_size:
+            self._head_size += len(data[:room])
+            _append(self._head, data[:room])
+            data = data[room:]
+        if data:
+            self._tail_size += len(data)
+            _append(self._tail, data)
             self._cut()
 
     def text(self) -> str:
-        self._cut()
-        if not self.left_out:
-            return (self._head + self._tail).decode(errors="replace")
-        note = f"\n… {self.left_out} bytes left out …\n"
-        return self._head.decode(errors="replace") + note + self._tail.decode(errors="replace")
+        """All that is kept, which is not kept in here any longer: it may be long, and need not be there twice."""
+        self._cut(exactly=True)
+        # In ASCII: one character beyond it would double the memory that all of the text takes.
+        note = b"\n... %d bytes left out ...\n" % self.left_out if self.left_out else b""
+        data = b"".join((*self._head, note, *self._tail))
+        self._head.clear()
+        self._tail.clear()
+        return data.decode(errors="replace")
 
-    def _cut(self) -> None:
-        over = len(self._tail) - self._half
-        if over > 0:
-            del self._tail[:over]
-            self.left_out += over
+    def _cut(self, *, exactly: bool = False) -> None:
+        while (over := self._tail_size - self._half) > 0:
+            oldest = self._tail[0]
+            gone = min(over, len(oldest))
+            if gone == len(oldest):
+                self._tail.popleft()
+            elif not exactly and over < PIECE_BYTES:
+                return  # not at every byte: cutting off the front of a piece moves its rest
+            else:
+                del oldest[:gone]
+            self._tail_size -= gone
+            self.left_out += gone
+
+
+def _append(pieces: deque[bytearray], data: bytes) -> None:
+    """Small pieces are put together: each costs something besides its bytes."""
+    if pieces and len(pieces[-1]) < PIECE_BYTES:
+        pieces[-1].extend(data)
+    else:
+        pieces.append(bytearray(data))
 
 
 class Outputs:
@@ -152,7 +177,11 @@ class Agent:
         self._pending: dict[int, Request] = {}
         self._hello = anyio.Event()
         self._hello_text: dict[str, object] = {}
+        self._known = False
+        """Whether it was spoken to: an agent that says hello after that is another one."""
         self._lost: Exception | None = None
+        self.gone = anyio.Event()
+        """The line has ended, or the agent at its other end is not the one any more that it was."""
         self._sending = anyio.Lock()
 
     async def run(self) -> None:
@@ -179,6 +208,7 @@ class Agent:
 
         What the guest had half-sent is read over: bytes count again from its answer to a token made for this moment.
         """
+        self._known = True
         token = secrets.token_hex(16)
         answer = frames.encode(frames.SYNCED, 0, token.encode())
         seen = b""
@@ -194,6 +224,9 @@ class Agent:
         behind = seen.partition(answer)[2]
         for kind, request, payload in self._decoder.feed(behind):
             self._take(kind, request, payload)
+
+    def why_gone(self) -> str:
+        return str(self._lost)
 
     async def hello(self, timeout_s: float) -> Hello:
         """The agent's first word after a cold boot. Raises TimeoutError, GuestProtocolError, OutcomeUnknown."""
@@ -233,6 +266,7 @@ class Agent:
         """
         if self._lost is not None:
             raise self._lost
+        self._known = True
         number = next(self._numbers)
         self._pending[number] = request
         try:
@@ -270,6 +304,7 @@ class Agent:
     async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> Request:
         if self._lost is not None:
             raise self._lost
+        self._known = True
         number = next(self._numbers)
         request = self._pending[number] = Request(on_output)
         try:
@@ -321,15 +356,16 @@ class Agent:
             request.file(kind, payload)
 
     def _greeted(self, text: dict[str, object]) -> None:
-        if self._hello.is_set():  # a second agent: the first one died, and with it all that ran
-            for request in self._pending.values():
-                request.fail(OutcomeUnknown("the guest's agent was restarted while the command ran"))
+        if self._known or self._hello.is_set():  # a second agent: the first one died, and with it all that ran
+            self._lose(OutcomeUnknown("the guest's agent was killed and came back: all that ran is gone"))
+            return
         self._hello_text = text
         self._hello.set()
 
     def _lose(self, error: Exception) -> None:
-        self._lost = error
+        self._lost = self._lost or error
         self._hello.set()
+        self.gone.set()
         for request in self._pending.values():
             request.fail(error)
 
@@ -357,25 +393,24 @@ def _outcome(request: Request) -> Outcome:
     exit_code, reason = answer.get("exit_code"), answer.get("reason")
     if not isinstance(exit_code, int) or not -255 <= exit_code <= 255:
         raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
-    if reason is not None and not (isinstance(reason, str) and reason in REASONS):
-        raise GuestProtocolError(f"the guest's reason is {str(reason)[:40]}")
+    reason = told_reason(reason)
     out, err = request.captures["stdout"], request.captures["stderr"]
     stderr = err.text()
     if reason in _EXPLAINED:
-        stderr += _EXPLAINED[str(reason)]
+        stderr += _EXPLAINED[reason]
     if answer.get("restarted") and reason != "interpreter_crashed":
         stderr += _EXPLAINED["interpreter_crashed"]
     return Outcome(
         stdout=out.text(),
         stderr=stderr,
         exit_code=exit_code,
-        execution_time_s=_seconds(answer.get("wall_us")),
-        cpu_time_s=_seconds(answer.get("cpu_us")),
+        execution_time_s=told_seconds(answer.get("wall_us")),
+        cpu_time_s=told_seconds(answer.get("cpu_us")),
         timed_out=reason == "timeout",
         truncated=bool(out.left_out or err.left_out or request.outputs.left_out or answer.get("cut")),
-        reason=None if reason is None else str(reason),
-        signal=_signal(answer.get("signal")),
-        peak_memory_bytes=_kib(answer.get("peak_kib", 0)) << 10,
+        reason=reason,
+        signal=told_signal(answer.get("signal")),
+        peak_memory_bytes=told_kib(answer.get("peak_kib", 0)) << 10,
         outputs=tuple(request.outputs.kept),
     )
 
@@ -390,19 +425,26 @@ _EXPLAINED = {
 }
 
 
-def _signal(value: object) -> int | None:
+def told_reason(value: object) -> str | None:
+    """As what follows, of an answer. Raises: GuestProtocolError."""
+    if value is None or (isinstance(value, str) and value in REASONS):
+        return value
+    raise GuestProtocolError(f"the guest's reason is {str(value)[:40]}")
+
+
+def told_signal(value: object) -> int | None:
     if value is not None and not (isinstance(value, int) and 0 < value <= SIGNAL_MAX):
         raise GuestProtocolError(f"the guest's signal is {str(value)[:40]}")
     return value
 
 
-def _kib(value: object) -> int:
+def told_kib(value: object) -> int:
     if not isinstance(value, int) or not 0 <= value < KIB_MAX:
         raise GuestProtocolError(f"the guest's memory is {str(value)[:40]}")
     return value
 
 
-def _seconds(value: object) -> float:
+def told_seconds(value: object) -> float:
     """Of what the guest tells in microseconds."""
     if not isinstance(value, int) or not 0 <= value < MICROSECONDS_MAX:
         raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")

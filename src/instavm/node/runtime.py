@@ -21,7 +21,8 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.node import files, identity, inventory, memory
+from instavm.node import files, identity, inventory, memory, processes
+from instavm.node.agent import Agent
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.templates import Templates
@@ -35,6 +36,10 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    ProcessLog,
+    ProcessSpec,
+    ProcessState,
+    ProcessWait,
     SandboxSpec,
     Started,
     StoredFile,
@@ -153,6 +158,28 @@ class Runtime:
                 async for piece in pieces:
                     yield piece
 
+    async def start_process(self, vm_id: str, spec: ProcessSpec) -> ProcessState:
+        with self._agent(vm_id) as agent:
+            return await processes.start(agent, spec)
+
+    async def processes(self, vm_id: str) -> list[ProcessState]:
+        with self._agent(vm_id) as agent:
+            return await processes.listing(agent)
+
+    async def read_process(
+        self, vm_id: str, process_id: str, since: int, size: int, until: ProcessWait, timeout_s: float
+    ) -> ProcessLog:
+        with self._agent(vm_id) as agent:
+            return await processes.read(agent, process_id, since, size, until, timeout_s)
+
+    async def write_process(self, vm_id: str, process_id: str, data: bytes, last: bool) -> ProcessState:
+        with self._agent(vm_id) as agent:
+            return await processes.write(agent, process_id, data, last)
+
+    async def signal_process(self, vm_id: str, process_id: str, signum: int) -> ProcessState:
+        with self._agent(vm_id) as agent:
+            return await processes.send_signal(agent, process_id, signum)
+
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
         sandbox = self._usable(vm_id)
         with _told(sandbox):
@@ -166,6 +193,12 @@ class Runtime:
         if sandbox is None or sandbox.stop.is_set():
             raise SessionEnded(f"sandbox {vm_id} is not running")
         return sandbox
+
+    @contextmanager
+    def _agent(self, vm_id: str) -> Iterator[Agent]:
+        sandbox = self._usable(vm_id)
+        with _told(sandbox):
+            yield sandbox.agent
 
     async def stop(self, vm_id: str) -> None:
         sandbox = self._live.get(vm_id)
@@ -258,8 +291,13 @@ class Runtime:
             status = await sandbox.prepared.machine.wait()
             sandbox.lost(f"the machine ended by itself (status {status})")
 
+        async def deserted() -> None:
+            await sandbox.agent.gone.wait()
+            sandbox.lost(sandbox.agent.why_gone())
+
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(died)
+            tasks.start_soon(deserted)
             await sandbox.stop.wait()
             tasks.cancel_scope.cancel()
 

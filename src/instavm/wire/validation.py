@@ -11,7 +11,7 @@ from typing import Any
 from instavm import limits
 from instavm.errors import BadRequest, InvalidInput
 
-HIDDEN = frozenset({"env", "api_key", "entries"})
+HIDDEN = frozenset({"env", "api_key", "entries", "data"})
 """Fields whose values must not be repeated in an error."""
 
 

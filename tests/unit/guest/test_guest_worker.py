@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from instavm_guest.worker import FRESH, REHEARSE
+from instavm_guest.worker import AWAIT, FRESH, REHEARSE
 
 
 @pytest.mark.parametrize(
@@ -171,3 +171,28 @@ def test_it_runs_without_any_package_installed(start_worker, version):
     assert "needs IPython" in worker.run("%timeit 1").stderr
     assert worker.run("import asyncio\nawait asyncio.sleep(0, 3)").stdout == "3\n"
     assert "ZeroDivisionError" in worker.run("1 / 0").stderr
+
+
+def test_an_interrupt_that_comes_late_does_not_hit_the_next_cell(worker):
+    """It was sent while a cell ran, and arrives when that has ended: the next cell waits for it, and is not hurt."""
+    for number in range(200):
+        worker.run("pass")
+        worker.ask(f"for _ in range(2000): pass\n{number}", flags=AWAIT)
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.answer().stdout == f"{number}\n"
+
+
+def test_an_interrupt_that_came_in_time_is_not_waited_for(worker):
+    worker.ask("import os; os.write(1, b'on')\nwhile True: pass")
+    while worker.printed(worker._out[0]) != "on":
+        continue
+    worker.process.send_signal(signal.SIGINT)
+    assert worker.answer().exit_code == 130
+    worker.ask("1", flags=AWAIT)
+    assert worker.answer().stdout == "1\n"
+
+
+def test_a_cell_that_took_the_signal_for_itself_keeps_nobody_waiting_for_ever(worker):
+    worker.run("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);")
+    worker.ask("1", flags=AWAIT)
+    assert worker.answer().stdout == "1\n"

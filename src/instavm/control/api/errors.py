@@ -32,6 +32,8 @@ STATUS: Final[Mapping[type[errors.InstaVMError], int]] = {
     errors.OutcomeUnknown: 504,
     errors.FileError: 400,
     errors.FileMissing: 404,
+    errors.ProcessError: 409,
+    errors.ProcessNotFound: 404,
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.RateLimitError: 429,

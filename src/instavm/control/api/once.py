@@ -7,10 +7,12 @@ from collections.abc import Awaitable, Callable
 from typing import Annotated, Final
 
 from fastapi import Depends, Header, Request
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from instavm import limits
 from instavm.control.api.here import Caller, Here
+from instavm.control.api.long import Long
 from instavm.errors import BadRequest
 from instavm.wire.base import Wire
 
@@ -59,11 +61,11 @@ class Once:
 
 
 def _bytes(answer: Wire) -> bytes:
-    return answer.model_dump_json().encode()
+    return to_json(answer)
 
 
 def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
+    return Long(body, media_type="application/json")
 
 
 OnlyOnce = Annotated[Once, Depends()]

@@ -15,6 +15,7 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from instavm.control.api.long import send_body
 from instavm.errors import InstaVMError
 from instavm.wire.executions import MaybeLate
 
@@ -71,7 +72,7 @@ class Patient(Response):
             with anyio.move_on_after(self._gap_s):
                 await self._done.wait()
         body = _late(self._error) if self._answer is None else bytes(self._answer.body)
-        await send({"type": "http.response.body", "body": body})
+        await send_body(send, body)
 
 
 def _late(error: Exception | None) -> bytes:
