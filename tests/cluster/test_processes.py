@@ -179,6 +179,7 @@ def test_the_command_line(module_servers, vm, capsys, monkeypatch):
     assert run(["ps", vm.session_id, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [one["status"] for one in listed if one["process_id"] == process] == ["running"]
+    assert next(iter(vm.processes.get(process).follow())).text == "up\n"
     assert run(["kill", vm.session_id, process, "--signal", "term"]) == 0
     assert run(["logs", "-f", vm.session_id, process]) == 0
     assert capsys.readouterr().out == "up\n"

@@ -23,6 +23,7 @@ MESSAGE_MAX: Final = 128 << 20
 """More than the longest result: two streams and the rich outputs of one command."""
 BEHIND_MAX: Final = 64 << 20
 """Bytes that the other side may be behind before it is given up."""
+TOGETHER: Final = 64 << 10
 WINDOW_BYTES: Final = 1 << 20
 """How much of a stream may be on its way."""
 
@@ -53,7 +54,11 @@ class Link(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         message = msgpack.packb((int(kind), call, body), default=_plain, unicode_errors="surrogatepass", datetime=True)
-        self._transport.writelines((LENGTH.pack(len(message)), message))
+        if len(message) < TOGETHER:
+            self._transport.write(LENGTH.pack(len(message)) + message)
+        else:  # put together it would be in memory once more
+            self._transport.write(LENGTH.pack(len(message)))
+            self._transport.write(message)
         if self._transport.get_write_buffer_size() > BEHIND_MAX:
             log.error("the other side of the border does not read any more")
             self._transport.abort()
