@@ -25,10 +25,11 @@ from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestPro
 from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.images.store import GuestBase, Image
-from instavm.node.vmm.base import Driver, MachineSpec, Saved
+from instavm.node.network.guard import Networks
+from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 3
+VERSION = 4
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -65,11 +66,21 @@ class Template:
 
 
 class Templates:
-    def __init__(self, cache_dir: Path, driver: Driver, guest: GuestBase, boot_timeout_s: float) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        driver: Driver,
+        guest: GuestBase,
+        boot_timeout_s: float,
+        networks: Networks | None = None,
+    ) -> None:
+        """networks: None, or networks that this host can't make = machines without a network device."""
         self._folder = cache_dir / "templates"
         self._driver = driver
         self._guest = guest
         self._boot_timeout_s = boot_timeout_s
+        self._networks = networks
+        self._network = networks is not None and networks.refusal is None
         self._verified: dict[str, Template] = {}
         self._locks: dict[str, anyio.Lock] = {}
 
@@ -95,11 +106,13 @@ class Templates:
 
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
+        parts += [self._network]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
     def _describe(self, key: str, image: Image, vcpus: int, memory_mib: int) -> Template:
         folder = self._folder / key
-        spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
+        guest = self._guest
+        spec = MachineSpec(guest.kernel, guest.initrd, guest.system, vcpus, memory_mib, network=self._network)
         return Template(key, folder, Saved(spec, folder / "memory", folder / "state"), dict(image.env))
 
     async def _usable(self, template: Template) -> bool:
@@ -126,7 +139,17 @@ class Templates:
             await anyio.to_thread.run_sync(_seal, folder, template)
 
     async def _boot(self, template: Template, image: Image, disk: Path, memory: Path, folder: Path) -> None:
-        machine = await self._driver.boot(template.saved.spec, disk, memory, folder)
+        network = None if self._networks is None else await self._networks.make()
+        try:
+            tap = None if network is None else network.tap
+            machine = await self._driver.boot(template.saved.spec, disk, memory, folder, tap=tap)
+            await self._furnish(machine, template, image, folder)
+        finally:
+            if network is not None:
+                await network.aclose()
+
+    async def _furnish(self, machine: Machine, template: Template, image: Image, folder: Path) -> None:
+        """From power on to saved; the machine is closed."""
         try:
             try:
                 async with connected(await machine.dial()) as agent:
