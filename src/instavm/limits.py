@@ -39,6 +39,9 @@ METADATA_BYTES: Final = 16 << 10
 LANGUAGES: Final = ("python", "bash", "sh", "javascript")
 LANGUAGE_ALIASES: Final[Mapping[str, str]] = {"node": "javascript", "js": "javascript"}
 
+EGRESS_RULES: Final = 256
+"""Domains of a policy, and as many address ranges."""
+
 PATH_BYTES: Final = 4096
 """Longest path of a file in a sandbox, as Linux has it."""
 FORM_BYTES: Final = 64 << 10
@@ -74,6 +77,13 @@ ALLOWED: Final[Mapping[str, str]] = {
     "port": "a whole number from 1 to 65535",
     "entries": "a list of {env_name, value}",
     "idempotency-key": f"1 to {IDEMPOTENCY_KEY_CHARS} printable ASCII characters",
+    "allowed_domains": f"at most {EGRESS_RULES} host names such as api.example.com, or *.example.com for all below one",
+    "allowed_cidrs": f"at most {EGRESS_RULES} address ranges such as 10.1.0.0/16 (no bits set behind the prefix) or 192.0.2.7",
+    "allow_http": "true or false",
+    "allow_https": "true or false",
+    "allow_package_managers": "true or false",
+    "allow_public_repos": "true or false",
+    "egress_policy": "an object of allow_package_managers, allow_http, allow_https, allowed_domains and allowed_cidrs",
     "session_id": "the id of a session (a UUID)",
     "body": f"at most {BODY_BYTES} bytes",
 }
