@@ -1,0 +1,181 @@
+"""An internet of the test's own: a namespace with web servers, a DNS server, a private network and a metadata service.
+
+The host reaches it through a pair of interfaces; it is gone with the test. Sandboxes reach it through the filter, or not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from instavm.node import inventory
+from instavm.node.runtime import Runtime
+from instavm.sandbox import Command, Egress, SandboxSpec
+
+NAMES = itertools.count(1)
+METADATA = "169.254.169.254"
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Internet:
+    """`a` and `b` are public servers, `private` is in a private network; all of them say what they saw."""
+
+    folder: Path
+    name: str
+    a: str
+    b: str
+    private: str
+    host: str
+    """The host's own address on the way there."""
+    metadata: str = METADATA
+
+    def zone(self, **records):
+        """Names and what they resolve to from now on: a list of addresses, or another name."""
+        new = self.folder / "zone.new"
+        new.write_text(json.dumps({name.replace("__", "."): value for name, value in records.items()}))
+        new.rename(self.folder / "zone.json")
+
+    def names(self, records):
+        self.zone(**{name.replace(".", "__"): value for name, value in records.items()})
+
+    @property
+    def seen(self):
+        return (self.folder / "seen").read_text().splitlines()
+
+    def forget(self):
+        (self.folder / "seen").write_text("")
+
+    def packets(self):
+        """Sent to it so far."""
+        return int(Path(f"/sys/class/net/{self.name}/statistics/tx_packets").read_text())
+
+
+@pytest.fixture(scope="session")
+def internet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    number = os.getpid() % 250
+    name, block = f"ivmt{number}", (number % 16) * 16
+    public = [f"198.51.100.{block + one}" for one in (1, 2)]
+    world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
+    there = f"100.127.{number}.2"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
+        + ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True,
+        capture_output=True,
+    )
+    world.zone()
+    world.forget()
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "up0", "netns", name)
+        ip("addr", "add", f"{world.host}/30", "dev", name)
+        ip("link", "set", name, "up")
+        inside = ("-n", name)
+        ip(*inside, "link", "set", "lo", "up")
+        ip(*inside, "addr", "add", f"{there}/30", "dev", "up0")
+        ip(*inside, "link", "set", "up0", "up")
+        ip(*inside, "route", "add", "default", "via", world.host)
+        addresses = [world.a, world.b, world.private, METADATA]
+        for address in addresses:
+            ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
+            ip("route", "add", f"{address}/32", "via", there)
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, Path(__file__).with_name("world.py"), folder, *addresses],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            yield world
+        finally:
+            process.stdin.close()
+            process.wait(20)
+            process.stdout.close()
+    finally:
+        ip("netns", "del", name)
+
+
+@pytest.fixture(autouse=True)
+def clean(request):
+    if "internet" in request.fixturenames:
+        request.getfixturevalue("internet").forget()
+
+
+class Live:
+    """A sandbox as a test sees it."""
+
+    def __init__(self, node, vm_id):
+        self.node, self.vm_id = node, vm_id
+
+    async def python(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "python", timeout_s))
+
+    async def bash(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "bash", timeout_s))
+
+    async def allow(self, **egress):
+        await self.node.set_egress(self.vm_id, Egress(**egress))
+
+    async def get(self, url, *options):
+        """What curl makes of it: the body, or the error's number."""
+        words = " ".join(f"'{word}'" for word in options)
+        done = await self.bash(f"curl -sk -m 20 {words} '{url}' || echo curl $?")
+        return done.stdout.strip()
+
+    async def log(self):
+        return (await self.node.egress_log(self.vm_id)).seen
+
+    @property
+    def network(self):
+        return self.node._live[self.vm_id].prepared.network
+
+
+@pytest.fixture(scope="session")
+async def node(settings, internet, anyio_backend):
+    mine = settings.model_copy(update={"egress_dns": (internet.a,), "egress_connections": 20})
+    async with Runtime.open(mine) as node:
+        yield node
+    assert inventory.take(settings.state_dir) == inventory.Inventory(frozenset(), frozenset())
+    assert len(node._networks) == 0
+
+
+@pytest.fixture(scope="session")
+async def shared(node):
+    """One sandbox for all tests that only look at what gets through."""
+    await node.start(SandboxSpec("vm-shared", 2, 512))
+    yield Live(node, "vm-shared")
+    await node.stop("vm-shared")
+
+
+@pytest.fixture
+async def sandbox(shared):
+    """It reaches nothing when a test begins."""
+    await shared.allow()
+    return shared
+
+
+@pytest.fixture
+async def start(node):
+    started = []
+
+    async def start(egress=None):
+        vm_id = f"vm-net{next(NAMES)}"
+        await node.start(SandboxSpec(vm_id, 2, 512, egress=egress or Egress()))
+        started.append(vm_id)
+        return Live(node, vm_id)
+
+    yield start
+    for vm_id in started:
+        await node.stop(vm_id)
