@@ -22,6 +22,8 @@ import report
 from instavm import InstaVM
 from instavm.sandbox import (
     Command,
+    Egress,
+    EgressLog,
     Ended,
     HostMemory,
     NodeInfo,
@@ -52,6 +54,11 @@ class NullNode:
         yield b"42"
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None: ...
+
+    async def set_egress(self, vm_id: str, egress: Egress) -> None: ...
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        return EgressLog()
 
     async def adopted(self) -> Mapping[str, Started]:
         return {}

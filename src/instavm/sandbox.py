@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 
 class Tier(StrEnum):
@@ -47,6 +47,9 @@ class Egress:
         return self.packages or self.http or self.https or bool(self.domains or self.cidrs)
 
 
+NOTHING: Final = Egress()
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One destination that a sandbox went for: `rule` is what allowed it, or why it was refused."""
@@ -82,7 +85,7 @@ class SandboxSpec:
     memory_mib: int
     image: str = "default"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    egress: Egress = Egress()
+    egress: Egress = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from instavm.node import inventory
+from instavm.node.network import space
+from instavm.node.network.space import Space
 from instavm.node.runtime import Runtime
 from instavm.sandbox import Command, Egress, SandboxSpec
 
@@ -57,8 +59,18 @@ class Internet:
         (self.folder / "seen").write_text("")
 
     def packets(self):
-        """Sent to it so far."""
-        return int(Path(f"/sys/class/net/{self.name}/statistics/tx_packets").read_text())
+        """Sent to one of its addresses so far, by anybody."""
+        (rule,) = [
+            one["rule"] for one in json.loads(self.nft("list chain ip seen arrive"))["nftables"] if "rule" in one
+        ]
+        return next(part["counter"]["packets"] for part in rule["expr"] if "counter" in part)
+
+    def nft(self, commands):
+        inside = Space(os.open(f"/run/netns/{self.name}", os.O_RDONLY))
+        try:
+            return space.apply(inside, commands)
+        finally:
+            inside.close()
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +82,10 @@ def internet(tmp_path_factory):
     world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
     there = f"100.127.{number}.2"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"]
-        + ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-keyout", folder / "key.pem", "-out", folder / "cert.pem"),
+        ],
         check=True,
         capture_output=True,
     )
@@ -91,6 +105,10 @@ def internet(tmp_path_factory):
         for address in addresses:
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
             ip("route", "add", f"{address}/32", "via", there)
+        world.nft(
+            "table ip seen { chain arrive { type filter hook prerouting priority raw; "
+            f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter; }} }}"
+        )
         process = subprocess.Popen(
             ["ip", "netns", "exec", name, sys.executable, Path(__file__).with_name("world.py"), folder, *addresses],
             stdin=subprocess.PIPE,

@@ -15,7 +15,7 @@ from typing import Final
 from instavm.control.store.accounts import Quota, Tenant
 from instavm.control.vms import Vms
 from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError
-from instavm.sandbox import Egress, HostMemory
+from instavm.sandbox import NOTHING, Egress, HostMemory
 from instavm.settings import Settings
 
 FIRST_PAGES_MIB: Final = 128
@@ -31,7 +31,7 @@ class Policy:
     memory_reserve_mib: int = 0
     requests_per_s: float = 1000.0
     requests_burst: int = 10_000
-    egress: Egress = Egress()
+    egress: Egress = NOTHING
     """Of sandboxes for which no policy was set."""
 
     @classmethod

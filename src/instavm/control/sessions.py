@@ -19,9 +19,9 @@ from instavm.control.quotas import Quotas
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, Usage, VmRow
-from instavm.control.vms import NOTHING, Vm, Vms
+from instavm.control.vms import Vm, Vms
 from instavm.errors import HostNotReady, NotFound, SessionEnded, SessionNotFound
-from instavm.sandbox import Egress, EndReason, Started
+from instavm.sandbox import NOTHING, Egress, EndReason, Started
 from instavm.wire.sessions import CreateSession
 from instavm.wire.vms import CreateVm
 

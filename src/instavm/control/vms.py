@@ -20,11 +20,10 @@ from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
 from instavm.errors import BootFailed, HostNotReady, InstaVMError, SessionEnded
-from instavm.sandbox import Egress, EgressLog, Ended, EndReason, SandboxSpec, Started
+from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, SandboxSpec, Started
 
 log = logging.getLogger(__name__)
 
-NOTHING: Final = Egress()
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
 
@@ -53,7 +52,7 @@ class Vm:
     """One interpreter, so one Python command at a time; the others wait their turn."""
     javascript: anyio.Lock = field(default_factory=anyio.Lock)
     """The same for JavaScript."""
-    egress: Egress = Egress()
+    egress: Egress = NOTHING
     """What it may reach now."""
     egress_change: anyio.Lock = field(default_factory=anyio.Lock)
     running: set[anyio.CancelScope] = field(default_factory=set)

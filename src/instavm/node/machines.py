@@ -256,7 +256,6 @@ class Machines:
                 await anyio.to_thread.run_sync(remove_home, home)
             raise
 
-
     async def _start(self, template: Template, home: Path, network: Network | None, *, background: bool) -> Prepared:
         tap = None if network is None else network.tap
         disk = home / "disk.qcow2"

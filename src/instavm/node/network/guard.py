@@ -67,7 +67,7 @@ class Network:
 
     async def _put(self, policy: Policy) -> None:
         self.policy = Policy(Egress())
-        await self.networks.ask("put", self.name, policy=to_wire(policy), closed_ports=own_ports())
+        await self.networks.ask("put", self.name, **_told(policy))
         await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
         self.policy = policy
 
@@ -148,7 +148,8 @@ class Networks:
             raise HostNotReady("the egress filter does not come up") from exc
 
     async def _hand_over(self, network: Network) -> None:
-        await self.ask("open", network.name, fds=[one.fileno() for one in network.space.sockets])
+        fds = [one.fileno() for one in network.space.sockets]
+        await self.ask("open", network.name, fds=fds, **_told(network.policy))
 
     async def forget(self, network: Network) -> None:
         if self._live.pop(network.name, None) is not None:
@@ -217,7 +218,6 @@ class Networks:
             for network in list(self._live.values()):
                 async with network.changing:
                     await self._hand_over(network)
-                    await network._put(network.policy)
             self._ready.set()
         except HostNotReady:
             log.exception("the egress filter could not be set up")
@@ -257,6 +257,10 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             env={"LANG": "C.UTF-8", "PATH": os.defpath},
         )
     return process, ours
+
+
+def _told(policy: Policy) -> dict[str, Any]:
+    return {"policy": to_wire(policy), "closed_ports": own_ports()}
 
 
 def own_ports() -> list[int]:

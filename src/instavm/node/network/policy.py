@@ -117,5 +117,3 @@ def v4(cidrs: Iterable[object]) -> list[str]:
     """The IPv4 networks among them, without those that another one holds."""
     found = [cidr for cidr in cidrs if isinstance(cidr, IPv4Network)]
     return [str(one) for one in found if not any(one != other and one.subnet_of(other) for other in found)]
-
-

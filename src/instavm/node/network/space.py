@@ -33,6 +33,7 @@ CLONE_NEWNET: Final = 0x40000000
 TUNSETIFF, TUNGETDEVNETNS = 0x400454CA, 0x54E3  # linux/if_tun.h
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 IP_TRANSPARENT, IP_RECVORIGDSTADDR = 19, 20  # linux/in.h
+ANY: Final = ""
 SYS_PIDFD_GETFD: Final = 438
 BACKLOG: Final = 256
 OLD_SOCKETS_S: Final = 5.0
@@ -213,10 +214,10 @@ def _sockets() -> list[socket.socket]:
     made: list[socket.socket] = []
     try:
         for kind, place in (
-            (socket.SOCK_STREAM, ("0.0.0.0", rules.TCP_PORT)),
+            (socket.SOCK_STREAM, (ANY, rules.TCP_PORT)),
             (socket.SOCK_DGRAM, (GATEWAY, 53)),
             (socket.SOCK_STREAM, (GATEWAY, 53)),
-            (socket.SOCK_DGRAM, ("0.0.0.0", rules.UDP_PORT)),
+            (socket.SOCK_DGRAM, (ANY, rules.UDP_PORT)),
         ):
             one = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
             made.append(one)

@@ -93,9 +93,7 @@ class Driver(Protocol):
         """Everything about this driver that a saved state depends on."""
         ...
 
-    async def boot(
-        self, spec: MachineSpec, disk: Path, memory: Path, home: Path, *, tap: int | None = None
-    ) -> Machine:
+    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path, *, tap: int | None = None) -> Machine:
         """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed.
 
         tap: a descriptor that the VMM inherits: the other end of the network device, for a spec that has one.

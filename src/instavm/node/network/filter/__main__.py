@@ -96,6 +96,7 @@ class Filter:
                 for one in sockets:
                     one.setblocking(False)
                 place = self._places[ask["name"]] = Place(sockets, self._dialer, self._host, self._limits)
+                place.put(policy.from_wire(ask["policy"]), frozenset(ask["closed_ports"]))
                 self._tasks.start_soon(_live, place)
             case "close":
                 if (gone := self._places.pop(ask["name"], None)) is not None:

@@ -62,6 +62,8 @@ async def _one(place: Place, guest: socket.socket) -> None:
     except Refused as exc:
         registry = name in place.policy.registries
         place.log.add(**about, allowed=False, rule=exc.rule, registry=registry)
+        if exc.answer:
+            await web.farewell(guest, exc.answer)
     except (OSError, TimeoutError) as exc:
         log.debug("a connection broke: %s", exc)
     except Exception:

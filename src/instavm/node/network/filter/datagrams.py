@@ -50,9 +50,7 @@ class Datagrams:
             place.log.add(address=str(address), port=port, protocol="udp", allowed=False, rule="connections")
             return
         if not verdict.allowed or link is None:
-            place.log.add(
-                address=str(address), port=port, protocol="udp", allowed=verdict.allowed, rule=verdict.rule
-            )
+            place.log.add(address=str(address), port=port, protocol="udp", allowed=verdict.allowed, rule=verdict.rule)
         if not verdict.allowed:
             return
         if link is None:

@@ -13,10 +13,14 @@ Key = tuple[str | None, str | None, int, str, bool, str]
 
 
 class Refused(Exception):
-    """A connection that does not come about, or not any further. `rule`: the word for it in the log."""
+    """A connection that does not come about, or not any further. `rule`: the word for it in the log.
 
-    def __init__(self, rule: str) -> None:
+    answer: what the guest is told in its own protocol, before the connection ends.
+    """
+
+    def __init__(self, rule: str, answer: bytes = b"") -> None:
         self.rule = rule
+        self.answer = answer
         super().__init__(rule)
 
 

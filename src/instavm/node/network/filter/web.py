@@ -20,17 +20,18 @@ from instavm.node.network.filter.seen import Refused
 
 HEAD_MAX: Final = 64 << 10
 CHUNK: Final = 1 << 18
+FAREWELL_S: Final = 1.0
 Dial = Callable[[], Awaitable[tuple[socket.socket, bytes]]]
 
 
 async def first_head(place: Place, guest: socket.socket, head: bytes, name: str) -> bytes:
-    """Read on until the first request's head is there and is one that may pass. Raises Refused, after saying why."""
+    """Read on until the first request's head is there and is one that may pass. Raises Refused."""
     while True:
         talk = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX)
         talk.receive_data(head)
-        event = await _understood(talk, guest)
+        event = _understood(talk)
         if event is not h11.NEED_DATA:
-            await _check(event, talk, guest, name)
+            _check(event, talk, name)
             return head
         more = await place.receive(guest)
         if not more:
@@ -47,10 +48,10 @@ async def relay(
     outside: socket.socket | None = None
     try:
         while True:
-            request = await _next(down, lambda: place.receive(guest), guest)
+            request = await _next(down, lambda: place.receive(guest), hostile=True)
             if isinstance(request, h11.ConnectionClosed):
                 return
-            await _check(request, down, guest, name)
+            _check(request, down, name)
             if outside is None:
                 outside, _ = await dial()
                 up = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
@@ -76,7 +77,12 @@ async def relay(
 
 
 async def _exchange(
-    place: Place, guest: socket.socket, down: h11.Connection, outside: socket.socket, up: h11.Connection, ask: h11.Request
+    place: Place,
+    guest: socket.socket,
+    down: h11.Connection,
+    outside: socket.socket,
+    up: h11.Connection,
+    ask: h11.Request,
 ) -> bool:
     """One request and its answer. Returns: whether both sides go on to speak something else."""
     loop = asyncio.get_running_loop()
@@ -91,7 +97,7 @@ async def _exchange(
 
     async def body() -> None:
         while True:
-            event = await _next(down, lambda: place.receive(guest), guest)
+            event = await _next(down, lambda: place.receive(guest), hostile=True)
             if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
                 return
             await out(h11.Data(event.data) if isinstance(event, h11.Data) else event)
@@ -101,23 +107,23 @@ async def _exchange(
     await out(h11.Request(method=ask.method, target=_path(ask), headers=ask.headers.raw_items()))
     switched = False
     with ungrouped():
-      async with anyio.create_task_group() as tasks:
-        tasks.start_soon(body)
-        while True:
-            event = await _next(up, lambda: loop.sock_recv(outside, CHUNK), None)
-            if isinstance(event, h11.ConnectionClosed):
-                raise OSError("the server hung up")
-            if isinstance(event, h11.Response):
-                event = h11.Response(
-                    status_code=event.status_code, headers=event.headers.raw_items(), reason=event.reason
-                )
-            await back(event)
-            switched = isinstance(event, h11.InformationalResponse) and event.status_code == 101
-            if switched or isinstance(event, h11.EndOfMessage):
-                break
-        if down.their_state is not h11.SEND_BODY:
-            return switched
-        tasks.cancel_scope.cancel()  # answered before all of it was sent: the connection can't go on
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(body)
+            while True:
+                event = await _next(up, lambda: loop.sock_recv(outside, CHUNK))
+                if isinstance(event, h11.ConnectionClosed):
+                    raise OSError("the server hung up")
+                if isinstance(event, h11.Response):
+                    event = h11.Response(
+                        status_code=event.status_code, headers=event.headers.raw_items(), reason=event.reason
+                    )
+                await back(event)
+                switched = isinstance(event, h11.InformationalResponse) and event.status_code == 101
+                if switched or isinstance(event, h11.EndOfMessage):
+                    break
+            if down.their_state is not h11.SEND_BODY:
+                return switched
+            tasks.cancel_scope.cancel()  # answered before all of it was sent: the connection can't go on
     return switched
 
 
@@ -133,23 +139,23 @@ async def _rest(
     await splice(place, guest, outside, bytes(early))
 
 
-async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]], guest: socket.socket | None) -> Any:
+async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]], *, hostile: bool = False) -> Any:
     while True:
-        event = await _understood(talk, guest) if guest is not None else talk.next_event()
+        event = _understood(talk) if hostile else talk.next_event()
         if event is not h11.NEED_DATA:
             return event
         talk.receive_data(await more())
 
 
-async def _understood(talk: h11.Connection, guest: socket.socket) -> Any:
+def _understood(talk: h11.Connection) -> Any:
     try:
         return talk.next_event()
     except h11.RemoteProtocolError as exc:
         raise Refused("not_tls_or_http") from exc
 
 
-async def _check(request: Any, talk: h11.Connection, guest: socket.socket, name: str) -> None:
-    """Raises Refused, after an answer that says why."""
+def _check(request: Any, talk: h11.Connection, name: str) -> None:
+    """Raises Refused, with an answer that says why."""
     if not isinstance(request, h11.Request):
         raise Refused("not_tls_or_http")
     rule = _wrong(request, name)
@@ -158,15 +164,18 @@ async def _check(request: Any, talk: h11.Connection, guest: socket.socket, name:
     text = f"InstaVM: {rule}: this connection is for {name}\n".encode()
     headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(text))), ("Connection", "close")]
     said = talk.send(h11.Response(status_code=403, headers=headers)) or b""
-    said += (talk.send(h11.Data(text)) or b"") + (talk.send(h11.EndOfMessage()) or b"")
+    raise Refused(rule, said + (talk.send(h11.Data(text)) or b"") + (talk.send(h11.EndOfMessage()) or b""))
+
+
+async def farewell(guest: socket.socket, answer: bytes) -> None:
+    """Say a last thing and wait a moment for it to be taken: a reset must not overtake it."""
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError):  # who asked may be gone
-        await loop.sock_sendall(guest, said)
+        await loop.sock_sendall(guest, answer)
         guest.shutdown(socket.SHUT_WR)
-        with anyio.move_on_after(1):  # a reset must not overtake the answer
+        with anyio.move_on_after(FAREWELL_S):
             while await loop.sock_recv(guest, CHUNK):
                 pass
-    raise Refused(rule)
 
 
 def _wrong(request: h11.Request, name: str) -> str | None:
@@ -190,5 +199,3 @@ def _path(request: h11.Request) -> bytes:
         return bytes(request.target)
     parts = urlsplit(request.target.decode("latin-1"))
     return (parts.path or "/").encode("latin-1") + (b"?" + parts.query.encode("latin-1") if parts.query else b"")
-
-
