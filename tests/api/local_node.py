@@ -23,6 +23,7 @@ import anyio
 
 from instavm.errors import BootFailed, DiskFull, FileError, FileMissing, NoCapacity, OutcomeUnknown, SessionEnded
 from instavm.sandbox import (
+    NOTHING,
     Command,
     Egress,
     EgressLog,
@@ -70,7 +71,7 @@ class Place:
     python: asyncio.subprocess.Process
     started: Started
     env: dict[str, str] = field(default_factory=dict)
-    egress: Egress = Egress()
+    egress: Egress = NOTHING
     shells: set[asyncio.subprocess.Process] = field(default_factory=set)
 
     def path(self, path: str) -> Path:

@@ -106,8 +106,8 @@ def internet(tmp_path_factory):
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
             ip("route", "add", f"{address}/32", "via", there)
         world.nft(
-            "table ip seen { chain arrive { type filter hook prerouting priority raw; "
-            f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter; }} }}"
+            "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
+            f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"
         )
         process = subprocess.Popen(
             ["ip", "netns", "exec", name, sys.executable, Path(__file__).with_name("world.py"), folder, *addresses],

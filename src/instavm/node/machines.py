@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import anyio.abc
@@ -28,6 +28,8 @@ from instavm.errors import DiskFull, InstaVMError
 from instavm.node import identity
 from instavm.node.agent import Agent
 from instavm.node.network.guard import Network, Networks
+from instavm.node.network.policy import Registry
+from instavm.node.registries import from_json
 from instavm.node.templates import Template
 from instavm.node.vmm.base import Driver, Machine
 from instavm.sandbox import Command
@@ -56,6 +58,7 @@ class Record:
     vm_id: str
     cold: bool
     steps_ms: dict[str, float]
+    registries: list[list[Any]] = field(default_factory=list)
 
 
 def read_record(home: Path) -> Record | None:
@@ -74,6 +77,8 @@ class Prepared:
     machine: Machine
     agent: Agent
     network: Network | None = None
+    registries: tuple[Registry, ...] = ()
+    """Of the template that it was made of."""
     stage: Stage = "machine"
 
     async def run(self) -> None:
@@ -182,7 +187,9 @@ class Machines:
             agent = Agent(await machine.dial())
             await agent.sync(ADOPT_S)
             self._lines.start_soon(agent.run)
-            return Prepared(home, machine, agent, await self._networks.adopt(pid))
+            record = read_record(home)
+            registries = () if record is None else from_json(record.registries)
+            return Prepared(home, machine, agent, await self._networks.adopt(pid), registries)
         except BaseException:
             await machine.aclose()
             raise
@@ -265,7 +272,7 @@ class Machines:
                 network.space.close_tap()
             agent = Agent(await machine.dial())
             self._lines.start_soon(agent.run)
-            return Prepared(home, machine, agent, network)
+            return Prepared(home, machine, agent, network, template.registries)
         except BaseException:
             await machine.aclose()
             raise

@@ -6,6 +6,7 @@ a sandbox of that image.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ ASK_S: Final = 120.0
 HOSTS_MAX: Final = 64
 ANSWER_MAX: Final = 64 << 10
 HOST: Final = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-APT: Final = "command -v apt-get >/dev/null && apt-get indextargets --format '$(REPO_URI)' | sort -u"
+APT: Final = 'command -v apt-get >/dev/null && apt-get --print-uris update | cut -d "\'" -f 2'
 NPM: Final = "command -v npm >/dev/null && npm config list --json"
 PIP: Final = """command -v python3 >/dev/null && python3 - <<'END'
 from pip._internal.commands import create_command
@@ -31,6 +32,8 @@ print(options.index_url, *options.extra_index_urls, *options.find_links, sep="\\
 if options.index_url.rstrip("/") == PyPI.simple_url.rstrip("/"):
     print("https://" + PyPI.file_storage_domain)
 END"""
+ASKED: Final = hashlib.sha256(f"{APT}\n{PIP}\n{NPM}".encode()).hexdigest()[:16]
+"""Changes with the questions."""
 
 
 async def ask(agent: Agent) -> tuple[Registry, ...]:
@@ -73,7 +76,7 @@ class Known:
 
     def of(self, digest: str) -> tuple[Registry, ...] | None:
         try:
-            return from_json(json.loads((self._folder / f"{digest}.json").read_text()))
+            return from_json(json.loads((self._folder / f"{digest}-{ASKED}.json").read_text()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -81,7 +84,7 @@ class Known:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         new = self._folder / f".{digest}.{id(self)}"
         new.write_text(json.dumps(to_json(registries)))
-        new.rename(self._folder / f"{digest}.json")
+        new.rename(self._folder / f"{digest}-{ASKED}.json")
 
 
 def to_json(registries: Iterable[Registry]) -> list[list[Any]]:

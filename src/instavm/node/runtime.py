@@ -25,7 +25,9 @@ from instavm.node import doctor, files, identity, inventory
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
+from instavm.node.registries import to_json
 from instavm.node.templates import Templates
+from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
@@ -125,7 +127,8 @@ class Runtime:
                 warm_memory_mib=settings.warm_memory_mib,
             )
             async with networks.open(), machines.open(), anyio.create_task_group() as tasks:
-                templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s, networks)
+                trust = await anyio.to_thread.run_sync(Trust, settings.egress_ca_file)
+                templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s, networks, trust)
                 runtime = cls(settings, driver, probe, images, templates, machines, networks, tasks)
                 try:
                     await runtime._adopt()
@@ -175,7 +178,7 @@ class Runtime:
     async def _open(self, prepared: Prepared, egress: Egress) -> None:
         """Raises HostNotReady."""
         if prepared.network is not None:
-            await prepared.network.put(egress, ())
+            await prepared.network.put(egress, prepared.registries)
         elif egress.opens:
             raise HostNotReady(
                 f"this host cannot give sandboxes a network, so only a policy that allows nothing can be set:"
@@ -234,7 +237,7 @@ class Runtime:
                     await self._open(prepared, spec.egress)
                     steps.mark("egress")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-            prepared.record(Record(spec.vm_id, cold, steps.ms))
+            prepared.record(Record(spec.vm_id, cold, steps.ms, to_json(prepared.registries)))
         except BaseException:
             await prepared.aclose()
             raise

@@ -28,16 +28,17 @@ ALL: Final = "/etc/instavm/operator-certificates.pem"
 """For programs that know of no system store."""
 INSTALL: Final = f"""
 set -e
-if command -v update-ca-certificates; then
-    folder=/usr/local/share/ca-certificates update=update-ca-certificates
-elif command -v update-ca-trust; then
-    folder=/etc/pki/ca-trust/source/anchors update='update-ca-trust extract'
+if command -v update-ca-certificates >/dev/null; then
+    folder=/usr/local/share/ca-certificates update=update-ca-certificates bundle={BUNDLES[0]}
+elif command -v update-ca-trust >/dev/null; then
+    folder=/etc/pki/ca-trust/source/anchors update='update-ca-trust extract' bundle={BUNDLES[1]}
 else
     exit 3
 fi
 mkdir -p $folder
 awk -v folder=$folder '/BEGIN/ {{ n++ }} {{ print > (folder "/instavm-operator-" n ".crt") }}' {ALL}
-$update
+$update >&2
+echo $bundle
 """
 INSTALL_S: Final = 120.0
 
@@ -51,29 +52,14 @@ class Trust:
     def fingerprint(self) -> str:
         return hashlib.sha256(b"\n".join(self._wanted)).hexdigest()
 
-    async def missing(self, agent: Agent) -> tuple[bytes, ...]:
-        """Certificates that the image lacks. Raises as the files API."""
-        if not self._wanted:
-            return ()
-        have: set[bytes] = set()
-        for bundle in BUNDLES:
-            try:
-                have |= set(certificates(await _read(agent, bundle)))
-            except FileError:
-                continue  # another family of distributions
-        return tuple(one for one in self._wanted if one not in have)[:EXTRA_MAX]
+    async def install(self, agent: Agent) -> dict[str, str]:
+        """Returns: variables for programs that bring certificates of their own and look at these first.
 
-    @staticmethod
-    def env(extra: tuple[bytes, ...]) -> dict[str, str]:
-        """For programs that bring certificates of their own and look at these variables first."""
-        return (
-            {"NODE_EXTRA_CA_CERTS": ALL, "REQUESTS_CA_BUNDLE": BUNDLES[0], "SSL_CERT_FILE": BUNDLES[0]} if extra else {}
-        )
-
-    @staticmethod
-    async def install(agent: Agent, extra: tuple[bytes, ...]) -> None:
+        Raises as the files API; an image without the means is told of in the log.
+        """
+        extra = await self._missing(agent)
         if not extra:
-            return
+            return {}
 
         async def content() -> AsyncIterator[bytes]:
             for one in extra:
@@ -83,6 +69,21 @@ class Trust:
         done = await agent.execute(Command(INSTALL, "sh", INSTALL_S))
         if done.exit_code != 0:
             log.warning("this image does not take the operator's certificates: %s", done.stderr[-500:])
+            return {"NODE_EXTRA_CA_CERTS": ALL}
+        bundle = done.stdout.split()[-1]
+        return {"NODE_EXTRA_CA_CERTS": ALL, "REQUESTS_CA_BUNDLE": bundle, "SSL_CERT_FILE": bundle}
+
+    async def _missing(self, agent: Agent) -> tuple[bytes, ...]:
+        """Certificates that the image lacks."""
+        if not self._wanted:
+            return ()
+        have: set[bytes] = set()
+        for bundle in BUNDLES:
+            try:
+                have |= set(certificates(await _read(agent, bundle)))
+            except FileError:
+                continue  # another family of distributions
+        return tuple(one for one in self._wanted if one not in have)[:EXTRA_MAX]
 
 
 def certificates(pem: bytes) -> tuple[bytes, ...]:
