@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import anyio
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 MESSAGE_MAX: Final = 1 << 20
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 NOBODY: Final = 65534
+LOOKUPS: Final = 128
+"""Names that the host may be looking up at one time, for all sandboxes; for one: names.AT_ONCE."""
 
 
 def main() -> None:
@@ -64,6 +67,7 @@ def _drop() -> None:
 
 async def _serve(line: socket.socket) -> None:
     line.setblocking(False)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(LOOKUPS))
     async with anyio.create_task_group() as tasks:
         filter_ = Filter(tasks)
         while True:

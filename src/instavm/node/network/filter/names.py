@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 TTL_S: Final = 60
 MESSAGE_MAX: Final = 4096
-AT_ONCE: Final = 64
+AT_ONCE: Final = 16
 PATIENCE_S: Final = 10.0
 NAME: Final = re.compile(
     r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
