@@ -1,12 +1,11 @@
 """The certificates that the operator trusts, trusted inside sandboxes too: put into a template while it is made.
 
-Only those that the image does not have already, by the image's own means, so that every program there finds them.
+Only those that the image does not have already, in the file that the programs of its distribution read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -16,31 +15,17 @@ from typing import Final
 from instavm.errors import FileError
 from instavm.node import files
 from instavm.node.agent import Agent
-from instavm.sandbox import Command
-
-log = logging.getLogger(__name__)
 
 CERTIFICATE: Final = re.compile(rb"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
 BUNDLES: Final = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+"""Where families of distributions keep all certificates in one file."""
+OWN: Final = (
+    "/usr/local/share/ca-certificates/instavm-operator.crt",
+    "/etc/pki/ca-trust/source/anchors/instavm-operator.crt",
+)
+"""Where the same families look for more, when they write that file anew."""
 BUNDLE_MAX: Final = 4 << 20
 EXTRA_MAX: Final = 100
-ALL: Final = "/etc/instavm/operator-certificates.pem"
-"""For programs that know of no system store."""
-INSTALL: Final = f"""
-set -e
-if command -v update-ca-certificates >/dev/null; then
-    folder=/usr/local/share/ca-certificates update=update-ca-certificates bundle={BUNDLES[0]}
-elif command -v update-ca-trust >/dev/null; then
-    folder=/etc/pki/ca-trust/source/anchors update='update-ca-trust extract' bundle={BUNDLES[1]}
-else
-    exit 3
-fi
-mkdir -p $folder
-awk -v folder=$folder '/BEGIN/ {{ n++ }} {{ print > (folder "/instavm-operator-" n ".crt") }}' {ALL}
-$update >&2
-echo $bundle
-"""
-INSTALL_S: Final = 120.0
 
 
 class Trust:
@@ -55,35 +40,22 @@ class Trust:
     async def install(self, agent: Agent) -> dict[str, str]:
         """Returns: variables for programs that bring certificates of their own and look at these first.
 
-        Raises as the files API; an image without the means is told of in the log.
+        Raises as the files API; an image that keeps no certificates gets none.
         """
-        extra = await self._missing(agent)
-        if not extra:
-            return {}
-
-        async def content() -> AsyncIterator[bytes]:
-            for one in extra:
-                yield one + b"\n"
-
-        await files.put(agent, ALL, "", content())
-        done = await agent.execute(Command(INSTALL, "sh", INSTALL_S))
-        if done.exit_code != 0:
-            log.warning("this image does not take the operator's certificates: %s", done.stderr[-500:])
-            return {"NODE_EXTRA_CA_CERTS": ALL}
-        bundle = done.stdout.split()[-1]
-        return {"NODE_EXTRA_CA_CERTS": ALL, "REQUESTS_CA_BUNDLE": bundle, "SSL_CERT_FILE": bundle}
-
-    async def _missing(self, agent: Agent) -> tuple[bytes, ...]:
-        """Certificates that the image lacks."""
-        if not self._wanted:
-            return ()
-        have: set[bytes] = set()
-        for bundle in BUNDLES:
+        for bundle, own in zip(BUNDLES, OWN, strict=True) if self._wanted else ():
             try:
-                have |= set(certificates(await _read(agent, bundle)))
+                there = await _read(agent, bundle)
             except FileError:
                 continue  # another family of distributions
-        return tuple(one for one in self._wanted if one not in have)[:EXTRA_MAX]
+            have = set(certificates(there))
+            missing = [one for one in self._wanted if one not in have]
+            extra = b"".join(one + b"\n" for one in missing[:EXTRA_MAX])
+            if not extra:
+                return {}
+            await _write(agent, own, extra)
+            await _write(agent, bundle, there.rstrip() + b"\n" + extra)
+            return {"NODE_EXTRA_CA_CERTS": own, "REQUESTS_CA_BUNDLE": bundle, "SSL_CERT_FILE": bundle}
+        return {}
 
 
 def certificates(pem: bytes) -> tuple[bytes, ...]:
@@ -99,3 +71,10 @@ async def _read(agent: Agent, path: str) -> bytes:
             if len(data) > BUNDLE_MAX:
                 raise FileError(f"{path} is longer than {BUNDLE_MAX} bytes")
     return bytes(data)
+
+
+async def _write(agent: Agent, path: str, data: bytes) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        yield data
+
+    await files.put(agent, path, "", content())
