@@ -16,6 +16,7 @@ import pytest
 
 from instavm.node.network import space
 from instavm.node.network.space import Space
+from instavm.sandbox import Command, Egress
 
 METADATA = "169.254.169.254"
 
@@ -118,3 +119,32 @@ def internet(tmp_path_factory):
             process.stdout.close()
     finally:
         ip("netns", "del", name)
+
+
+class Live:
+    """A sandbox as a test sees it."""
+
+    def __init__(self, node, vm_id):
+        self.node, self.vm_id = node, vm_id
+
+    async def python(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "python", timeout_s))
+
+    async def bash(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "bash", timeout_s))
+
+    async def allow(self, **egress):
+        await self.node.set_egress(self.vm_id, Egress(**egress))
+
+    async def get(self, url, *options):
+        """What curl makes of it: the body, or the error's number."""
+        words = " ".join(f"'{word}'" for word in options)
+        done = await self.bash(f"curl -sk -m 20 {words} '{url}' || echo curl $?")
+        return done.stdout.strip()
+
+    async def log(self):
+        return (await self.node.egress_log(self.vm_id)).seen
+
+    @property
+    def network(self):
+        return self.node._live[self.vm_id].prepared.network

@@ -251,7 +251,7 @@ class Machines:
         home = self.folder / secrets.token_hex(6)
         try:
             await anyio.to_thread.run_sync(make_home, home, template)
-            network = await self._networks.make()
+            network = await self._networks.make(template.registries)
             try:
                 return await self._start(template, home, network, background=background)
             except BaseException:

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 MESSAGE_MAX: Final = 4 << 20
 SO_SNDBUFFORCE: Final = 32
 ANSWER_S: Final = 10.0
+BEGIN_S: Final = 120.0
+"""How long a filter may take to start up while others have the CPU."""
 AGAIN_S: Final = 0.2
 """Pause before a filter that ended is replaced, so that one that can't live does not take the whole CPU."""
 
@@ -45,7 +47,7 @@ class Network:
     name: str
     space: Space
     networks: Networks
-    policy: Policy = field(default_factory=lambda: Policy(Egress()))
+    policy: Policy
     changing: anyio.Lock = field(default_factory=anyio.Lock)
 
     @property
@@ -62,11 +64,11 @@ class Network:
                 await self._put(policy)
             except BaseException:
                 with anyio.CancelScope(shield=True), contextlib.suppress(HostNotReady):
-                    await self._put(Policy(Egress()))
+                    await self._put(_closed(policy))
                 raise
 
     async def _put(self, policy: Policy) -> None:
-        self.policy = Policy(Egress())
+        self.policy = _closed(policy)
         await self.networks.ask("put", self.name, **_told(policy))
         await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
         self.policy = policy
@@ -119,17 +121,22 @@ class Networks:
     def __len__(self) -> int:
         return len(self._live)
 
-    async def make(self) -> Network | None:
-        """A new network, closed to everything; None where this host can't. Raises HostNotReady."""
-        return None if self.refusal is not None else await self._take_on(await anyio.to_thread.run_sync(space.make))
+    async def make(self, registries: Iterable[Registry] = ()) -> Network | None:
+        """A new network, closed to everything; None where this host can't. Raises HostNotReady.
+
+        registries: so that its log can tell them apart.
+        """
+        if self.refusal is not None:
+            return None
+        return await self._take_on(await anyio.to_thread.run_sync(space.make), registries)
 
     async def adopt(self, pid: int) -> Network | None:
         """The network of a VMM that an earlier server started, closed to everything; None: it has none. Raises HostNotReady."""
         found = None if self.refusal is not None else await anyio.to_thread.run_sync(space.adopt, pid)
-        return None if found is None else await self._take_on(found)
+        return None if found is None else await self._take_on(found, ())
 
-    async def _take_on(self, made: Space) -> Network:
-        network = Network(str(next(self._names)), made, self)
+    async def _take_on(self, made: Space, registries: Iterable[Registry]) -> Network:
+        network = Network(str(next(self._names)), made, self, Policy(Egress(), [*registries, *self.registries]))
         self._live[network.name] = network
         try:
             if self._ready.is_set():  # else it is told with all others, once there is a filter
@@ -141,6 +148,8 @@ class Networks:
 
     async def ready(self) -> None:
         """Wait until there is a filter. Raises HostNotReady."""
+        if not self._ready.is_set():
+            self._hurry()
         try:
             with anyio.fail_after(ANSWER_S):
                 await self._ready.wait()
@@ -156,13 +165,15 @@ class Networks:
             with contextlib.suppress(HostNotReady):  # a filter that is gone has forgotten it already
                 await self.ask("close", network.name)
 
-    async def ask(self, what: str, name: str = "", fds: Iterable[int] = (), **more: Any) -> dict[str, Any]:
+    async def ask(
+        self, what: str, name: str = "", fds: Iterable[int] = (), *, within_s: float = ANSWER_S, **more: Any
+    ) -> dict[str, Any]:
         """Raises HostNotReady: there is no filter, or it refuses."""
         number, event, answer = next(self._ids), anyio.Event(), list[dict[str, Any]]()
         message = json.dumps({"id": number, "do": what, "name": name, **more}).encode()
         self._waiting[number] = (event, answer)
         try:
-            with anyio.fail_after(ANSWER_S):
+            with anyio.fail_after(within_s):
                 async with self._sending:
                     await self._send(message, list(fds))
                 await event.wait()
@@ -188,10 +199,13 @@ class Networks:
         while True:
             process, line = _spawn()
             self._line, self.filter_pid = line, process.pid
+            if self._live:
+                self._hurry()
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(self._hear, line, tasks.cancel_scope)
-                    await self._begin()
+                    if not await self._begin():
+                        tasks.cancel_scope.cancel()
                     await anyio.sleep_forever()
             finally:
                 self._line = self.filter_pid = None
@@ -203,13 +217,14 @@ class Networks:
             log.error("the egress filter has ended; nothing gets through until there is another one")
             await anyio.sleep(AGAIN_S)
 
-    async def _begin(self) -> None:
-        """Tell a new filter everything. One that can't be told is replaced like one that ended."""
+    async def _begin(self) -> bool:
+        """Tell a new filter everything. Returns: False, when it can't be told: it is replaced like one that ended."""
         settings = self._settings
         rate = settings.egress_mbit_per_s
         try:
             await self.ask(
                 "begin",
+                within_s=BEGIN_S,
                 dns=list(settings.egress_dns),
                 proxy=settings.egress_proxy,
                 connections=settings.egress_connections,
@@ -218,9 +233,18 @@ class Networks:
             for network in list(self._live.values()):
                 async with network.changing:
                     await self._hand_over(network)
-            self._ready.set()
-        except HostNotReady:
-            log.exception("the egress filter could not be set up")
+        except HostNotReady as exc:
+            log.error("the egress filter could not be set up: %s", exc)
+            return False
+        self._hurry()
+        self._ready.set()
+        return True
+
+    def _hurry(self) -> None:
+        """From here on it gets its share of the CPU; it started up only when nobody else wanted that."""
+        if self.filter_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(self.filter_pid, os.SCHED_OTHER, os.sched_param(0))
 
     async def _hear(self, line: socket.socket, around: anyio.CancelScope) -> None:
         while True:
@@ -256,7 +280,12 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             start_new_session=True,
             env={"LANG": "C.UTF-8", "PATH": os.defpath},
         )
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
     return process, ours
+
+
+def _closed(policy: Policy) -> Policy:
+    return Policy(Egress(), policy.registries.values())
 
 
 def _told(policy: Policy) -> dict[str, Any]:

@@ -48,11 +48,13 @@ async def relay(
     outside: socket.socket | None = None
     try:
         while True:
-            request = await _next(down, lambda: place.receive(guest), hostile=True)
+            request = await _next(down, lambda: place.receive(guest))
             if isinstance(request, h11.ConnectionClosed):
                 return
             _check(request, down, name)
-            if outside is None:
+            if outside is None or not _open_still(outside):
+                if outside is not None:
+                    outside.close()
                 outside, _ = await dial()
                 up = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
             allowed()
@@ -72,8 +74,6 @@ async def relay(
     finally:
         if outside is not None:
             outside.close()
-        with contextlib.suppress(OSError):  # a guest that is gone has nothing to wait for
-            guest.shutdown(socket.SHUT_WR)
 
 
 async def _exchange(
@@ -97,7 +97,7 @@ async def _exchange(
 
     async def body() -> None:
         while True:
-            event = await _next(down, lambda: place.receive(guest), hostile=True)
+            event = await _next(down, lambda: place.receive(guest))
             if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
                 return
             await out(h11.Data(event.data) if isinstance(event, h11.Data) else event)
@@ -139,9 +139,9 @@ async def _rest(
     await splice(place, guest, outside, bytes(early))
 
 
-async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]], *, hostile: bool = False) -> Any:
+async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]]) -> Any:
     while True:
-        event = _understood(talk) if hostile else talk.next_event()
+        event = _understood(talk)
         if event is not h11.NEED_DATA:
             return event
         talk.receive_data(await more())
@@ -151,7 +151,19 @@ def _understood(talk: h11.Connection) -> Any:
     try:
         return talk.next_event()
     except h11.RemoteProtocolError as exc:
+        if talk.our_role is h11.CLIENT:
+            raise OSError(f"the server speaks no HTTP: {exc}") from exc
         raise Refused("not_tls_or_http") from exc
+
+
+def _open_still(outside: socket.socket) -> bool:
+    """Whether a server that has nothing to say has not hung up either."""
+    try:
+        return bool(outside.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _check(request: Any, talk: h11.Connection, name: str) -> None:
