@@ -474,10 +474,6 @@ def check_99_error_shapes():
     assert issubclass(RateLimitError, InstaVMError)
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-
-
 def fetched(c, url):
     """The status, or 000 and curl's error."""
     command = "curl -sk -m 20 -o /dev/null -w '%{http_code}' " + url + '; echo " $?"'
@@ -537,3 +533,7 @@ def check_63_egress_from_the_first_moment():
         except InstaVMError as exc:
             refused_policy = exc
         assert refused_policy is not None
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()

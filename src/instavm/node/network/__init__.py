@@ -5,5 +5,6 @@ rules.py      what is refused in the kernel, at the first packet
 policy.py     what a policy allows
 addresses.py  which addresses no broad rule opens
 guard.py      all namespaces, and the filter's process seen from the server
+ports.py      which ports are the control plane's own
 filter/       that process: names, connections, datagrams
 """

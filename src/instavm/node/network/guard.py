@@ -11,13 +11,11 @@ import json
 import logging
 import os
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -25,6 +23,7 @@ import anyio
 from instavm.errors import HostNotReady
 from instavm.node.network import rules, space
 from instavm.node.network.policy import Policy, Registry, registry, to_wire
+from instavm.node.network.ports import own_ports
 from instavm.node.network.space import Space
 from instavm.sandbox import Egress, EgressLog, Seen
 from instavm.settings import Settings
@@ -290,28 +289,3 @@ def _closed(policy: Policy) -> Policy:
 
 def _told(policy: Policy) -> dict[str, Any]:
     return {"policy": to_wire(policy), "closed_ports": own_ports()}
-
-
-def own_ports() -> list[int]:
-    """TCP ports that this process serves: the control plane's."""
-    ports = set()
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            if stat.S_ISSOCK(link.stat().st_mode):
-                with socket.socket(fileno=os.dup(int(link.name))) as one:
-                    ports |= _served(one)
-        except OSError:
-            continue  # closed meanwhile
-    return sorted(ports)
-
-
-def _served(one: socket.socket) -> set[int]:
-    if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
-        return set()
-    if one.getsockopt(socket.SOL_IP, space.IP_TRANSPARENT) if one.family == socket.AF_INET else 0:
-        return set()  # a sandbox's own
-    try:
-        one.getpeername()
-    except OSError:
-        return {one.getsockname()[1]}
-    return set()

@@ -40,9 +40,7 @@ async def _one(place: Place, guest: socket.socket) -> None:
     """One connection, to its end. Whatever goes wrong with it is its own affair."""
     host, port = guest.getsockname()
     address: Address = ip_address(host)
-    name = None
-    if address in STAND_INS:
-        name = place.name_of(address)
+    name = place.name_of(address)
     about = {"name": name, "address": None if name else host, "port": port}
     flow = Flow(name, None if name else address, port)
     try:
@@ -83,7 +81,11 @@ async def _pass(place: Place, flow: Flow, guest: socket.socket, verdict: Verdict
         )
 
     async def dial() -> tuple[socket.socket, bytes]:
-        return await reach(place, flow, verdict)
+        outside, early = await reach(place, flow, verdict)
+        if (why := place.still(flow)) is not None:  # the policy changed while it was dialled
+            reset(outside)
+            raise Refused(why)
+        return outside, early
 
     head = b""
     if verdict.inspect:
