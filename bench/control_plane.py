@@ -23,6 +23,8 @@ from instavm.bench import report
 from instavm.errors import ProcessNotFound
 from instavm.sandbox import (
     Command,
+    Egress,
+    EgressLog,
     Ended,
     HostMemory,
     NodeInfo,
@@ -74,6 +76,11 @@ class NullNode:
 
     async def signal_process(self, vm_id: str, process_id: str, signum: int) -> ProcessState:
         raise ProcessNotFound("this node runs nothing")
+
+    async def set_egress(self, vm_id: str, egress: Egress) -> None: ...
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        return EgressLog()
 
     async def adopted(self) -> Mapping[str, Started]:
         return {}

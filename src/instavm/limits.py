@@ -39,6 +39,9 @@ METADATA_BYTES: Final = 16 << 10
 LANGUAGES: Final = ("python", "bash", "sh", "javascript")
 LANGUAGE_ALIASES: Final[Mapping[str, str]] = {"node": "javascript", "js": "javascript"}
 
+EGRESS_RULES: Final = 256
+"""Domains of a policy, and as many address ranges."""
+
 PATH_BYTES: Final = 4096
 """Longest path of a file in a sandbox, as Linux has it."""
 FORM_BYTES: Final = 64 << 10
@@ -113,6 +116,13 @@ ALLOWED: Final[Mapping[str, str]] = {
     "after": "a position in the process's output: a whole number, not more than were written",
     "size": f"a whole number from {PROCESS_WINDOW_BYTES_MIN} to {PROCESS_LOG_BYTES} (bytes)",
     "process timeout": f"a number from 0 to {PROCESS_WAIT_S_MAX} (seconds)",
+    "allowed_domains": f"at most {EGRESS_RULES} host names such as api.example.com, or *.example.com for all below one",
+    "allowed_cidrs": f"at most {EGRESS_RULES} address ranges such as 10.1.0.0/16 (no bits set behind the prefix) or 192.0.2.7",
+    "allow_http": "true or false",
+    "allow_https": "true or false",
+    "allow_package_managers": "true or false",
+    "allow_public_repos": "true or false",
+    "egress_policy": "an object of allow_package_managers, allow_http, allow_https, allowed_domains and allowed_cidrs",
     "session_id": "the id of a session (a UUID)",
     "body": f"at most {BODY_BYTES} bytes",
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 
 class Tier(StrEnum):
@@ -31,12 +31,62 @@ class EndReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Egress:
+    """What a sandbox may reach; the default is nothing. What each field opens, and what nothing opens: docs/network.md."""
+
+    packages: bool = False
+    """The registries that the image's package managers use."""
+    http: bool = False
+    https: bool = False
+    domains: tuple[str, ...] = ()
+    """Lower case, without a dot at the end; `*.name` stands for every name below it."""
+    cidrs: tuple[str, ...] = ()
+
+    @property
+    def opens(self) -> bool:
+        """Whether anything at all may be reached."""
+        return self.packages or self.http or self.https or bool(self.domains or self.cidrs)
+
+
+NOTHING: Final = Egress()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One destination that a sandbox went for: `rule` is what allowed it, or why it was refused."""
+
+    name: str | None
+    address: str | None
+    port: int
+    protocol: str
+    allowed: bool
+    rule: str
+    count: int
+    first_at: float | None = None
+    """Seconds since the epoch; None where only a count is kept."""
+    last_at: float | None = None
+    registry: bool = False
+    """Whether it is one of the image's package registries."""
+
+
+@dataclass(frozen=True, slots=True)
+class EgressLog:
+    """Where a sandbox went, or tried to, since it has its network; bytes are those of connections that were allowed."""
+
+    seen: tuple[Seen, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    open_connections: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     vm_id: str
     vcpus: int
     memory_mib: int
     image: str = "default"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    egress: Egress = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

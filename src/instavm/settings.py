@@ -58,6 +58,23 @@ class Settings(BaseSettings):
     disk_gib: int = Field(10, ge=1, le=1024)
     """Size of a sandbox's root disk as the guest sees it; blocks are only used when written."""
 
+    egress_default: Literal["deny", "packages"] = "deny"
+    """What a sandbox may reach for which no policy was set: nothing, or the package registries of its image."""
+    egress_package_hosts: tuple[str, ...] = ()
+    """Package registries besides those that the image's package managers are set up for: JSON list of `host` or
+    `host:port`. These, since you name them, may be in a private network."""
+    egress_dns: tuple[str, ...] = ()
+    """Who is asked for allowed names: JSON list of addresses, `address` or `address:port`. Empty = as this host does."""
+    egress_proxy: str | None = Field(None, pattern=r"^http://[^/\s]+/?$")
+    """HTTP proxy through which sandboxes reach allowed names and public addresses: `http://[user:password@]host:port`.
+    It then looks the names up, so what they resolve to is its business."""
+    egress_ca_file: Path | None = Path("/etc/ssl/certs/ca-certificates.crt")
+    """Certificates (PEM) that sandboxes trust besides their image's own."""
+    egress_connections: int = Field(256, ge=1, le=4096)
+    """Open connections of one sandbox; more are refused."""
+    egress_mbit_per_s: float | None = Field(None, gt=0)
+    """What one sandbox may send, and what it may receive, in megabits per second. None = no limit."""
+
     quota_sandboxes: int | None = Field(100, ge=0)
     """How many sandboxes a tenant without a quota of its own may have at one time. This and the next three hold for
     `serve`; the embedded server serves one user and has only the host's limits."""

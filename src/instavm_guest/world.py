@@ -59,9 +59,10 @@ class Identity:
     def __init__(self) -> None:
         os.makedirs(IDENTITY_DIR, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._files = {name: os.open(f"{IDENTITY_DIR}/{name}", flags, 0o644) for name in IDENTITY_FILES}
+        named = [name for name in IDENTITY_FILES if name != "resolv.conf"]  # that one is the same in every sandbox
+        self._files = {name: os.open(f"{IDENTITY_DIR}/{name}", flags, 0o644) for name in named}
         self._random = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
-        self._lengths = dict.fromkeys(IDENTITY_FILES, 0)
+        self._lengths = dict.fromkeys(named, 0)
 
     def take(self, message: Message) -> None:
         """Become someone of one's own. Raises OSError, KeyError or ValueError; then nobody may run.

@@ -23,7 +23,10 @@ import anyio
 
 from instavm.errors import BootFailed, DiskFull, FileError, FileMissing, NoCapacity, OutcomeUnknown, SessionEnded
 from instavm.sandbox import (
+    NOTHING,
     Command,
+    Egress,
+    EgressLog,
     Ended,
     EndReason,
     HostMemory,
@@ -68,6 +71,7 @@ class Place:
     python: asyncio.subprocess.Process
     started: Started
     env: dict[str, str] = field(default_factory=dict)
+    egress: Egress = NOTHING
     shells: set[asyncio.subprocess.Process] = field(default_factory=set)
 
     def path(self, path: str) -> Path:
@@ -104,7 +108,7 @@ class LocalNode:
             self.booting.discard(spec.vm_id)
         took = (time.perf_counter() - began) * 1000
         started = Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"spawn": took})
-        self.places[spec.vm_id] = Place(spec, folder, python, started)
+        self.places[spec.vm_id] = Place(spec, folder, python, started, egress=spec.egress)
         self.started.append(spec.vm_id)
         return started
 
@@ -136,6 +140,13 @@ class LocalNode:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+    async def set_egress(self, vm_id: str, egress: Egress) -> None:
+        self._place(vm_id).egress = egress
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        self._place(vm_id)
+        return EgressLog()
 
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         place = self._place(vm_id)

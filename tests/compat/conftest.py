@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from internet import internet
 
 from instavm.settings import Settings
+
+__all__ = ["internet"]
 
 CLIENT = "instavm==0.26.1"
 WHEEL_SHA256 = "8ac5dc160eba5115babec5f806c70d4fc5af291c77a9c04c5a21e3e87baf5f4c"
@@ -26,9 +29,12 @@ class Served:
     url: str
     key: str
     low_key: str
+    origin: str
+    """A server's address; it is `origin.test`, and `other.test` as well."""
 
     def environment(self):
-        return {"IVM_BASE": self.url, "IVM_KEY": self.key, "IVM_KEY_LOW": self.low_key}
+        keys = {"IVM_BASE": self.url, "IVM_KEY": self.key, "IVM_KEY_LOW": self.low_key}
+        return {**keys, "IVM_ORIGIN": self.origin}
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +57,12 @@ def official():
 
 
 @pytest.fixture(scope="session")
-def served(short_folder):
+def served(short_folder, internet):
     """`instavm serve` on a free port, and three keys: of an account, and of one that may have little."""
+    internet.names({"origin.test": [internet.a], "other.test": [internet.a]})
     environment = {
         **os.environ,
+        "INSTAVM_EGRESS_DNS": json.dumps([internet.a]),
         "INSTAVM_STATE_DIR": str(short_folder / "served"),
         "INSTAVM_RUNTIME_DIR": str(short_folder / "served-run"),
     }
@@ -73,7 +81,7 @@ def served(short_folder):
     try:
         said = server.stdout.readline()
         assert said.startswith("InstaVM on "), (short_folder / "served.log").read_text()
-        yield Served(said.split()[-1], key, low)
+        yield Served(said.split()[-1], key, low, internet.a)
     finally:
         server.terminate()
         assert server.wait(60) == 0

@@ -28,6 +28,7 @@ from instavm import (
 )
 
 BASE, KEY, LOW = os.environ["IVM_BASE"], os.environ["IVM_KEY"], os.environ["IVM_KEY_LOW"]
+ORIGIN = os.environ["IVM_ORIGIN"]
 
 
 @contextmanager
@@ -471,6 +472,67 @@ def check_99_error_shapes():
     assert refused_body.status_code == 422
     assert {"loc", "msg", "type"} <= refused_body.json()["detail"][0].keys()
     assert issubclass(RateLimitError, InstaVMError)
+
+
+def fetched(c, url):
+    """The status, or 000 and curl's error."""
+    command = "curl -sk -m 20 -o /dev/null -w '%{http_code}' " + url + '; echo " $?"'
+    return c.execute(command, language="bash")["stdout"].split()
+
+
+def check_60_egress_is_closed():
+    with client() as c:
+        for target in (f"{ORIGIN}/80", "1.1.1.1/443"):
+            began = time.monotonic()
+            done = c.execute(f"timeout 20 bash -c '</dev/tcp/{target}'", language="bash")
+            assert done["exit_code"] == 1 and time.monotonic() - began < 5
+        told = c.get_session_egress()
+        assert told["allow_http"] is False and told["allow_https"] is False and told["allowed_domains"] == []
+
+
+def check_61_egress_by_name():
+    with client() as c:
+        given = {"allow_http": True, "allow_https": False, "allowed_domains": ["origin.test"], "allowed_cidrs": []}
+        c.set_session_egress(allow_package_managers=False, **given)
+        assert fetched(c, "http://origin.test/") == ["200", "0"]
+        assert fetched(c, "http://other.test/")[0] == "000"
+        assert fetched(c, "https://origin.test/")[0] == "000"
+        told = c.get_session_egress()
+        assert {name: told[name] for name in given} == given
+        assert told["allow_package_managers"] is told["allow_public_repos"] is False
+        vm_id = c.get_session_info()["vm_id"]
+        assert {name: c.get_vm_egress(vm_id)[name] for name in given} == given
+
+
+def check_62_egress_by_range_until_it_is_closed():
+    with client() as c:
+        closed = {"allow_package_managers": False, "allow_http": False, "allow_https": False}
+        c.set_session_egress(**closed, allowed_cidrs=[f"{ORIGIN}/32"])
+        opened = c.execute(
+            f"import socket; s = socket.create_connection(('{ORIGIN}', 9999), 10); s.sendall(b'x'); print(s.recv(1))"
+        )
+        assert opened["stdout"] == "b'x'\n", opened
+        c.set_session_egress(**closed)
+        died = c.execute("try:\n    s.sendall(b'x'); print(s.recv(1) == b'')\nexcept OSError: print('dead')")
+        assert died["stdout"] in ("dead\n", "True\n"), died
+        assert fetched(c, f"http://{ORIGIN}/")[0] == "000"
+
+
+def check_63_egress_from_the_first_moment():
+    with client() as c:
+        made = c.vms.create(
+            wait=True,
+            egress_policy={"allow_package_managers": False, "allow_http": True, "allowed_domains": ["origin.test"]},
+        )
+        told = c.get_vm_egress(made["vm_id"])
+        assert told["allow_http"] is True and told["allowed_domains"] == ["origin.test"] and not told["allow_https"]
+        c.vms.delete(made["vm_id"])
+        refused_policy = None
+        try:
+            c.set_session_egress(allowed_cidrs=["10.0.0.1/8"])
+        except InstaVMError as exc:
+            refused_policy = exc
+        assert refused_policy is not None
 
 
 if __name__ == "__main__":

@@ -61,13 +61,18 @@ async def start(node):
         await live.stop()
     assert node._live == {}
     with anyio.fail_after(30):
-        while inventory.take(node._settings.state_dir) != waiting(node):
+        while inventory.take(node._settings.state_dir) != waiting(node) or not networks_match(node):
             await anyio.sleep(0.02)  # a spare machine is being made
 
 
 @pytest.fixture
 async def sandbox(start):
     return await start()
+
+
+def networks_match(node):
+    """One network for each machine that waits, and no other."""
+    return len(node._networks) == len(node._machines.prepared())
 
 
 def waiting(node):

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
@@ -14,12 +14,15 @@ import anyio.to_thread
 from instavm import limits
 from instavm.client.binding import Binding
 from instavm.client.calls import executions, files, sessions, tasks, users
+from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
+from instavm.client.egress import AsyncEgress
 from instavm.client.places import LocalPath, landing
 from instavm.client.processes import AsyncProcesses
 from instavm.client.results import (
     AppUrl,
     DownloadedFile,
+    EgressPolicy,
     Execution,
     Sandbox,
     SessionInfo,
@@ -61,6 +64,7 @@ class AsyncInstaVM(Binding):
         self._link = AsyncLink(config)
         self.processes = AsyncProcesses(self._link, self._session)
         """Programs that run in the background."""
+        self.egress = AsyncEgress(self._link, self._session)
         self._auto_start = auto_start_session
         self._starting = anyio.Lock()
 
@@ -154,6 +158,22 @@ class AsyncInstaVM(Binding):
     ) -> list[Sandbox]:
         """As `InstaVM.list_sandboxes`."""
         return await self._link.send(sessions.sandboxes(metadata, limit))
+
+    async def set_session_egress(self, session_id: str | None = None, **policy: Unpack[Policy]) -> EgressPolicy:
+        """As `egress.set_session`."""
+        return await self.egress.set_session(session_id, **policy)
+
+    async def get_session_egress(self, session_id: str | None = None) -> EgressPolicy:
+        """As `egress.get_session`."""
+        return await self.egress.get_session(session_id)
+
+    async def set_vm_egress(self, vm_id: str, **policy: Unpack[Policy]) -> EgressPolicy:
+        """As `egress.set_vm`."""
+        return await self.egress.set_vm(vm_id, **policy)
+
+    async def get_vm_egress(self, vm_id: str) -> EgressPolicy:
+        """As `egress.get_vm`."""
+        return await self.egress.get_vm(vm_id)
 
     async def get_current_user(self) -> User:
         """As `InstaVM.get_current_user`."""

@@ -254,3 +254,25 @@ class User(Record):
 
 def _short(text: str, limit: int = 120) -> str:
     return repr(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
+class EgressPolicy(Record):
+    """What is in force. `status`: `applied`, or `pending` while there is no sandbox that it could hold for."""
+
+    allow_package_managers: bool
+    allow_public_repos: bool
+    allow_http: bool
+    allow_https: bool
+    allowed_domains: list[str]
+    allowed_cidrs: list[str]
+    status: str
+
+
+class EgressLog(Record):
+    """Where a sandbox went, or tried to. An entry has `name` or `address`, `port`, `protocol`, `allowed`, `rule`, `count`."""
+
+    vm_id: str
+    entries: list[dict[str, Any]]
+    bytes_sent: int
+    bytes_received: int
+    open_connections: int

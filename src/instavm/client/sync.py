@@ -6,17 +6,20 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from instavm import limits
 from instavm.client.binding import Binding
 from instavm.client.calls import executions, files, sessions, tasks, users
+from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
+from instavm.client.egress import Egress
 from instavm.client.places import LocalPath, landing
 from instavm.client.processes import Processes
 from instavm.client.results import (
     AppUrl,
     DownloadedFile,
+    EgressPolicy,
     Execution,
     Sandbox,
     SessionInfo,
@@ -68,6 +71,7 @@ class InstaVM(Binding):
         self._link = Link(config)
         self.processes = Processes(self._link, self._session)
         """Programs that run in the background."""
+        self.egress = Egress(self._link, self._session)
         if auto_start_session:
             self.start_session()
 
@@ -192,6 +196,22 @@ class InstaVM(Binding):
         metadata: only those whose metadata contains all of these pairs.
         """
         return self._link.send(sessions.sandboxes(metadata, limit))
+
+    def set_session_egress(self, session_id: str | None = None, **policy: Unpack[Policy]) -> EgressPolicy:
+        """As `egress.set_session`."""
+        return self.egress.set_session(session_id, **policy)
+
+    def get_session_egress(self, session_id: str | None = None) -> EgressPolicy:
+        """As `egress.get_session`."""
+        return self.egress.get_session(session_id)
+
+    def set_vm_egress(self, vm_id: str, **policy: Unpack[Policy]) -> EgressPolicy:
+        """As `egress.set_vm`."""
+        return self.egress.set_vm(vm_id, **policy)
+
+    def get_vm_egress(self, vm_id: str) -> EgressPolicy:
+        """As `egress.get_vm`."""
+        return self.egress.get_vm(vm_id)
 
     def get_current_user(self) -> User:
         """Whose key this is."""

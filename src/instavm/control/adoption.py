@@ -29,7 +29,7 @@ async def reconcile(node: Node, store: Store, sessions: Sessions) -> None:
             await node.stop(vm.id)
             store.sessions.lose_vm(vm, over, "ended when the server came back")
         else:
-            sessions.adopt(session, vm, started)
+            await sessions.adopt(session, vm, started)
             log.info("%s of session %s is adopted", vm.id, session.id)
     for vm_id in alive:
         log.warning("%s is in no record: ending it", vm_id)

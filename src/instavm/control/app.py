@@ -8,7 +8,20 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI
 
 from instavm.control.accounts import KeyedAccounts, LocalAccounts
-from instavm.control.api import errors, executions, files, health, keys, processes, sessions, streams, tasks, users, vms
+from instavm.control.api import (
+    egress,
+    errors,
+    executions,
+    files,
+    health,
+    keys,
+    processes,
+    sessions,
+    streams,
+    tasks,
+    users,
+    vms,
+)
 from instavm.control.api.edge import Edge
 from instavm.control.control import Control, open_control
 from instavm.control.node import Node
@@ -53,7 +66,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         redoc_url=None,
     )
     # looked through in this order
-    for part in (executions, sessions, tasks, files, streams, processes, vms, health, users, keys):
+    for part in (executions, sessions, tasks, files, streams, processes, vms, egress, health, users, keys):
         app.include_router(part.router)
     return app
 

@@ -10,6 +10,7 @@ import anyio
 
 from instavm.control.accounts import Authenticator, Keys
 from instavm.control.adoption import reconcile
+from instavm.control.egress import Egresses
 from instavm.control.executions import Executions
 from instavm.control.files import Files
 from instavm.control.node import Node
@@ -36,6 +37,7 @@ class Control:
     tasks: Tasks
     files: Files
     processes: Processes
+    egress: Egresses
     repeats: Repeats
 
     async def stop(self) -> None:
@@ -58,7 +60,8 @@ async def open_control(
     """
     async with anyio.create_task_group() as tasks:
         vms = Vms(node, store.sessions, tasks)
-        sessions = Sessions(store, vms, Quotas(policy or Policy(), vms, node.memory))
+        policy = policy or Policy()
+        sessions = Sessions(store, vms, Quotas(policy, vms, node.memory), policy.egress)
         executions = Executions(node, sessions)
         control = Control(
             node=node,
@@ -71,6 +74,7 @@ async def open_control(
             tasks=Tasks(store, sessions, executions, tasks),
             files=Files(node, sessions),
             processes=Processes(node, sessions),
+            egress=Egresses(store, sessions, vms),
             repeats=Repeats(store.repeats),
         )
         await reconcile(node, store, sessions)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from instavm.sandbox import (
     Command,
+    Egress,
+    EgressLog,
     Ended,
     HostMemory,
     NodeInfo,
@@ -94,8 +96,22 @@ class Node(Protocol):
         """Variables for everything that starts in this sandbox from now on. Raises: as `put_file`."""
         ...
 
+    async def set_egress(self, vm_id: str, egress: Egress) -> None:
+        """In force when it returns; connections that it does not allow are cut. When it raises, nothing gets through.
+
+        Raises: SessionEnded, HostNotReady (this host cannot give sandboxes a network).
+        """
+        ...
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        """Where it went and what was refused, bounded. Raises: SessionEnded."""
+        ...
+
     async def adopted(self) -> Mapping[str, Started]:
-        """Sandboxes that an earlier server started and that live on here, by id. Asked once, before any `start`."""
+        """Sandboxes that an earlier server started and that live on here, by id. Asked once, before any `start`.
+
+        They reach nothing until `set_egress`.
+        """
         ...
 
     async def leave(self) -> None:

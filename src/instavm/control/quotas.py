@@ -15,7 +15,7 @@ from typing import Final
 from instavm.control.store.accounts import Quota, Tenant
 from instavm.control.vms import Vms
 from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError
-from instavm.sandbox import HostMemory
+from instavm.sandbox import NOTHING, Egress, HostMemory
 from instavm.settings import Settings
 
 FIRST_PAGES_MIB: Final = 128
@@ -31,6 +31,8 @@ class Policy:
     memory_reserve_mib: int = 0
     requests_per_s: float = 1000.0
     requests_burst: int = 10_000
+    egress: Egress = NOTHING
+    """Of sandboxes for which no policy was set."""
 
     @classmethod
     def of(cls, settings: Settings) -> Policy:
@@ -40,12 +42,21 @@ class Policy:
             settings.memory_reserve_mib,
             settings.requests_per_s,
             settings.requests_burst,
+            _egress(settings),
         )
 
     @classmethod
     def of_one_user(cls, settings: Settings) -> Policy:
         """Behind a private socket: no quotas and no rate, only what the host can bear."""
-        return cls(memory_overcommit=settings.memory_overcommit, memory_reserve_mib=settings.memory_reserve_mib)
+        return cls(
+            memory_overcommit=settings.memory_overcommit,
+            memory_reserve_mib=settings.memory_reserve_mib,
+            egress=_egress(settings),
+        )
+
+
+def _egress(settings: Settings) -> Egress:
+    return Egress(packages=settings.egress_default == "packages")
 
 
 class Quotas:

@@ -6,6 +6,7 @@ the server was restarted comes up without them.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,10 +20,12 @@ from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, Usage, VmRow
 from instavm.control.vms import Vm, Vms
-from instavm.errors import NotFound, SessionEnded, SessionNotFound
-from instavm.sandbox import EndReason, Started
+from instavm.errors import HostNotReady, NotFound, SessionEnded, SessionNotFound
+from instavm.sandbox import NOTHING, Egress, EndReason, Started
 from instavm.wire.sessions import CreateSession
 from instavm.wire.vms import CreateVm
+
+log = logging.getLogger(__name__)
 
 REMEMBERED: Final = 10_000
 """Open sessions without a sandbox whose `env` is kept in memory for a new one; of more, the oldest go."""
@@ -38,6 +41,8 @@ class Session:
     past: VmRow | None = None
     tenant: Tenant | None = None
     """Whose it is, as the latest caller was known."""
+    egress: Egress | None = None
+    """What its next sandbox may reach; None = what the server's default is."""
 
     @property
     def id(self) -> str:
@@ -71,11 +76,12 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, store: Store, vms: Vms, quotas: Quotas) -> None:
+    def __init__(self, store: Store, vms: Vms, quotas: Quotas, default_egress: Egress = NOTHING) -> None:
         self._store = store
         self._rows = store.sessions
         self._vms = vms
         self._quotas = quotas
+        self._default_egress = default_egress
         self._known: dict[str, Session] = {}
 
     async def create(self, tenant: Tenant, ask: CreateSession | CreateVm, session_id: str | None = None) -> Session:
@@ -103,7 +109,9 @@ class Sessions:
         session = Session(row, ask.env, tenant=tenant)
         self._rows.add(row)
         self._remember(session)
-        session.vm = self._vms.spawn(row, ask.env)
+        if ask.egress_policy is not None:
+            self.keep_egress(session, ask.egress_policy.egress())
+        session.vm = self._vms.spawn(row, ask.env, self.egress(session))
         await self._store.journal.written()
         return session
 
@@ -137,16 +145,37 @@ class Sessions:
         session.row = replace(session.row, metadata=kept, options={**session.row.options, **options})
         await self._store.journal.written(self._rows.relabel(session.row))
 
-    def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
-        """A sandbox of an earlier server lives on. Its variables are in there; for another one they are lost."""
-        session = Session(row)
+    async def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
+        """A sandbox of an earlier server lives on. Its variables are in there; for another one they are lost.
+
+        It reaches again what it did; where that cannot be, nothing.
+        """
+        kept = await self._store.egress.of([row.id, vm.id])
+        session = Session(row, egress=kept.get(row.id))
+        egress = kept.get(vm.id, self.egress(session))
         session.vm = self._vms.adopt(row, vm, started)
         self._remember(session)
+        if egress.opens:
+            try:
+                await self._vms.set_egress(session.vm, egress)
+            except HostNotReady as exc:
+                log.warning("%s was adopted without its network: %s", vm.id, exc)
 
     def adopted(self, session_id: str) -> Session | None:
         """A session whose sandbox was adopted."""
         session = self._known.get(session_id)
         return session if session is not None and session.vm is not None else None
+
+    def egress(self, session: Session) -> Egress:
+        """What its sandbox may reach, or its next one when it has none."""
+        if session.vm is not None and session.vm.usable:
+            return session.vm.egress
+        return self._default_egress if session.egress is None else session.egress
+
+    def keep_egress(self, session: Session, egress: Egress) -> int:
+        """What its next sandboxes may reach. Returns: the journal's mark."""
+        session.egress = egress
+        return self._store.egress.put(session.id, egress)
 
     def begin(self, session: Session) -> Vm:
         """The session's sandbox, up or coming up; a new one when the last one ended.
@@ -209,7 +238,7 @@ class Sessions:
         row = session.row
         if session.tenant is not None:
             self._quotas.admit(session.tenant, row.vcpus, row.memory_mib, row.lifetime_s)
-        session.vm = self._vms.spawn(row, session.env)
+        session.vm = self._vms.spawn(row, session.env, self.egress(session))
         self._remember(session)
         return session.vm
 
@@ -217,7 +246,7 @@ class Sessions:
         found = await self._rows.load(tenant.id, session_id)
         if found is None:
             return None
-        session = Session(found[0], past=found[1])
+        session = Session(found[0], past=found[1], egress=(await self._store.egress.of([session_id])).get(session_id))
         if session.closed:
             return session
         self._remember(self._known.get(session_id) or session)

@@ -19,8 +19,8 @@ from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, InstaVMError, ServerStopping
-from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
+from instavm.errors import BootFailed, InstaVMError, ServerStopping, SessionEnded
+from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, SandboxSpec, Started
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class Vm:
     """One interpreter, so one Python command at a time; the others wait their turn."""
     javascript: anyio.Lock = field(default_factory=anyio.Lock)
     """The same for JavaScript."""
+    egress: Egress = NOTHING
+    """What it may reach now."""
+    egress_change: anyio.Lock = field(default_factory=anyio.Lock)
     running: set[anyio.CancelScope] = field(default_factory=set)
     """Commands in flight; cancelled when the sandbox is gone and the node has not ended them itself."""
     start_told: bool = False
@@ -130,6 +133,24 @@ class Vms:
         """Variables for everything that starts in it from now on. Values go to the guest and stay nowhere else."""
         await self._node.stage_env(vm.id, env)
 
+    async def set_egress(self, vm: Vm, egress: Egress) -> bool:
+        """Once it is up, have it reach that and nothing else. Returns: False when it has ended. Raises: HostNotReady."""
+        await vm.settled.wait()
+        async with vm.egress_change:
+            if not vm.usable:
+                return False
+            try:
+                await self._node.set_egress(vm.id, egress)
+            except SessionEnded:
+                return False
+            vm.egress = egress
+        return True
+
+    async def egress_log(self, vm: Vm) -> EgressLog:
+        """Raises: SessionEnded."""
+        await vm.settled.wait()
+        return await self._node.egress_log(vm.id)
+
     def next_end_s(self) -> float | None:
         """Seconds until the first lifetime runs out, if any sandbox is up; nobody knows who is killed before."""
         return min((left for vm in self._live.values() if (left := vm.remaining_s()) is not None), default=None)
@@ -150,12 +171,12 @@ class Vms:
         self._tasks.start_soon(self._life, vm, name=vm.id)
         return vm
 
-    def spawn(self, session: SessionRow, env: Mapping[str, str]) -> Vm:
+    def spawn(self, session: SessionRow, env: Mapping[str, str], egress: Egress = NOTHING) -> Vm:
         """Begin to boot a sandbox and return at once. Raises: ServerStopping."""
         if self._stopping:
             raise ServerStopping("the server is stopping; start it again and repeat the call")
-        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
-        vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC))
+        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env, egress)
+        vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC), egress=egress)
         self._live[vm.id] = vm
         self._rows.add_vm(vm.row())
         self._tasks.start_soon(self._life, vm, name=vm.id)

@@ -12,6 +12,7 @@ from instavm.errors import InstaVMError
 from instavm.node import memory
 from instavm.node.images.store import ImageStore
 from instavm.node.machines import FREE_BYTES_MIN
+from instavm.node.network import space
 from instavm.node.vmm import choose, qemu
 from instavm.settings import Settings
 
@@ -33,6 +34,7 @@ def checks(settings: Settings) -> Iterator[Check]:
         found = shutil.which(program)
         yield Check(program, found is not None, found or "not found", f"apt-get install {package}")
     yield _kvm()
+    yield _network()
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
     yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
     yield _image(settings)
@@ -53,6 +55,15 @@ def _kvm() -> Check:
     if not os.access(choose.KVM_DEVICE, os.R_OK | os.W_OK):
         return Check("kvm", True, "/dev/kvm is not yours to open (group kvm): sandboxes run on the emulated tier")
     return Check("kvm", True, "/dev/kvm opens; whether a guest boots on it is tried when the server starts")
+
+
+def _network() -> Check:
+    """A failure for root only: for anybody else sandboxes without a network are all there can be."""
+    lacking = space.lacking()
+    if lacking is None:
+        return Check("network", True, "sandboxes can be given one")
+    detail = f"sandboxes start without one, and no policy can open it: {lacking}"
+    return Check("network", os.geteuid() != 0, detail, "apt-get install libnftables1; /dev/net/tun and CAP_NET_ADMIN")
 
 
 def _folder(name: str, path: Path, variable: str) -> Check:

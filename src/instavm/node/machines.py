@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import anyio
 import anyio.abc
@@ -27,6 +27,9 @@ import anyio.abc
 from instavm.errors import DiskFull, InstaVMError
 from instavm.node import identity
 from instavm.node.agent import Agent
+from instavm.node.network.guard import Network, Networks
+from instavm.node.network.policy import Registry
+from instavm.node.registries import from_json
 from instavm.node.templates import Template
 from instavm.node.vmm.base import Driver, Machine
 from instavm.sandbox import Command
@@ -55,6 +58,7 @@ class Record:
     vm_id: str
     cold: bool
     steps_ms: dict[str, float]
+    registries: list[list[Any]] = field(default_factory=list)
 
 
 def read_record(home: Path) -> Record | None:
@@ -72,6 +76,9 @@ class Prepared:
     home: Path
     machine: Machine
     agent: Agent
+    network: Network | None = None
+    registries: tuple[Registry, ...] = ()
+    """Of the template that it was made of."""
     stage: Stage = "machine"
 
     async def run(self) -> None:
@@ -85,12 +92,16 @@ class Prepared:
         with anyio.CancelScope(shield=True):
             await self.machine.aclose()
             await self.agent.aclose()
+            if self.network is not None:
+                await self.network.aclose()
             await anyio.to_thread.run_sync(remove_home, self.home)
 
     async def detach(self) -> None:
-        """Leave it running, for the server that comes next."""
+        """Leave it running, for the server that comes next; until then it reaches nothing."""
         with anyio.CancelScope(shield=True):
             await self.agent.aclose()
+            if self.network is not None:
+                await self.network.aclose()
             await self.machine.detach()
 
     def record(self, about: Record) -> None:
@@ -120,9 +131,19 @@ class Shelf:
 
 
 class Machines:
-    def __init__(self, state_dir: Path, driver: Driver, *, spares: int, warm_max: int, warm_memory_mib: int) -> None:
+    def __init__(
+        self,
+        state_dir: Path,
+        driver: Driver,
+        networks: Networks,
+        *,
+        spares: int,
+        warm_max: int,
+        warm_memory_mib: int,
+    ) -> None:
         self.folder = state_dir / "machines"
         self._driver = driver
+        self._networks = networks
         self._spares_wanted = spares
         self._warm_max = min(warm_max, warm_memory_mib // WARM_MIB)
         self._shelves: dict[str, Shelf] = {}
@@ -166,7 +187,9 @@ class Machines:
             agent = Agent(await machine.dial())
             await agent.sync(ADOPT_S)
             self._lines.start_soon(agent.run)
-            return Prepared(home, machine, agent)
+            record = read_record(home)
+            registries = () if record is None else from_json(record.registries)
+            return Prepared(home, machine, agent, await self._networks.adopt(pid), registries)
         except BaseException:
             await machine.aclose()
             raise
@@ -228,17 +251,30 @@ class Machines:
         home = self.folder / secrets.token_hex(6)
         try:
             await anyio.to_thread.run_sync(make_home, home, template)
-            machine = await self._driver.prepare(template.saved, home / "disk.qcow2", home, background=background)
+            network = await self._networks.make(template.registries)
             try:
-                agent = Agent(await machine.dial())
-                self._lines.start_soon(agent.run)
-                return Prepared(home, machine, agent)
+                return await self._start(template, home, network, background=background)
             except BaseException:
-                await machine.aclose()
+                if network is not None:
+                    await network.aclose()
                 raise
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(remove_home, home)
+            raise
+
+    async def _start(self, template: Template, home: Path, network: Network | None, *, background: bool) -> Prepared:
+        tap = None if network is None else network.tap
+        disk = home / "disk.qcow2"
+        machine = await self._driver.prepare(template.saved, disk, home, background=background, tap=tap)
+        try:
+            if network is not None:
+                network.space.close_tap()
+            agent = Agent(await machine.dial())
+            self._lines.start_soon(agent.run)
+            return Prepared(home, machine, agent, network, template.registries)
+        except BaseException:
+            await machine.aclose()
             raise
 
 

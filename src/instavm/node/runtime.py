@@ -25,11 +25,16 @@ from instavm.node import files, identity, inventory, memory, processes
 from instavm.node.agent import Agent
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
+from instavm.node.network.guard import Networks
+from instavm.node.registries import to_json
 from instavm.node.templates import Templates
+from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
     Command,
+    Egress,
+    EgressLog,
     Ended,
     EndReason,
     HostMemory,
@@ -88,6 +93,7 @@ class Runtime:
         images: ImageStore,
         templates: Templates,
         machines: Machines,
+        networks: Networks,
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
@@ -96,6 +102,7 @@ class Runtime:
         self._images = images
         self._templates = templates
         self._machines = machines
+        self._networks = networks
         self._tasks = tasks
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
@@ -115,16 +122,19 @@ class Runtime:
             driver, probe = await choose(settings)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
-            templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
+            networks = Networks(settings)
             machines = Machines(
                 settings.state_dir,
                 driver,
+                networks,
                 spares=settings.spare_machines,
                 warm_max=settings.warm_machines,
                 warm_memory_mib=settings.warm_memory_mib,
             )
-            async with machines.open(), anyio.create_task_group() as tasks:
-                runtime = cls(settings, driver, probe, images, templates, machines, tasks)
+            async with networks.open(), machines.open(), anyio.create_task_group() as tasks:
+                trust = await anyio.to_thread.run_sync(Trust, settings.egress_ca_file)
+                templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s, networks, trust)
+                runtime = cls(settings, driver, probe, images, templates, machines, networks, tasks)
                 try:
                     await runtime._adopt()
                     yield runtime
@@ -185,6 +195,23 @@ class Runtime:
         with _told(sandbox):
             await sandbox.agent.stage_env(dict(env))
 
+    async def set_egress(self, vm_id: str, egress: Egress) -> None:
+        await self._open(self._usable(vm_id).prepared, egress)
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        network = self._usable(vm_id).prepared.network
+        return EgressLog() if network is None else await network.log()
+
+    async def _open(self, prepared: Prepared, egress: Egress) -> None:
+        """Raises HostNotReady."""
+        if prepared.network is not None:
+            await prepared.network.put(egress, prepared.registries)
+        elif egress.opens:
+            raise HostNotReady(
+                f"this host cannot give sandboxes a network, so only a policy that allows nothing can be set:"
+                f" {self._networks.refusal or 'this sandbox was started without one'}"
+            )
+
     def memory(self) -> HostMemory:
         return memory.now()
 
@@ -238,9 +265,12 @@ class Runtime:
                 steps.mark("restore")
                 with anyio.fail_after(self._settings.restore_timeout_s):
                     await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
-            steps.mark("identity")
+                steps.mark("identity")
+                if spec.egress.opens:
+                    await self._open(prepared, spec.egress)
+                    steps.mark("egress")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-            prepared.record(Record(spec.vm_id, cold, steps.ms))
+            prepared.record(Record(spec.vm_id, cold, steps.ms, to_json(prepared.registries)))
         except BaseException:
             await prepared.aclose()
             raise

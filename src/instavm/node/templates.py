@@ -16,19 +16,23 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
 
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
 from instavm.node import identity
-from instavm.node.agent import connected
+from instavm.node.agent import Agent, connected
 from instavm.node.images.store import GuestBase, Image
-from instavm.node.vmm.base import Driver, MachineSpec, Saved
+from instavm.node.network.guard import Networks
+from instavm.node.network.policy import Registry
+from instavm.node.registries import ASKED, Known, ask, from_json, to_json
+from instavm.node.trust import Trust
+from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 3
+VERSION = 7
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -53,6 +57,8 @@ class Template:
     folder: Path
     saved: Saved
     env: dict[str, str]
+    registries: tuple[Registry, ...] = ()
+    """Where the image's package managers get packages from."""
 
     @property
     def disk(self) -> Path:
@@ -65,11 +71,24 @@ class Template:
 
 
 class Templates:
-    def __init__(self, cache_dir: Path, driver: Driver, guest: GuestBase, boot_timeout_s: float) -> None:
+    def __init__(
+        self,
+        cache_dir: Path,
+        driver: Driver,
+        guest: GuestBase,
+        boot_timeout_s: float,
+        networks: Networks | None = None,
+        trust: Trust | None = None,
+    ) -> None:
+        """networks: None, or networks that this host can't make = machines without a network device."""
         self._folder = cache_dir / "templates"
         self._driver = driver
         self._guest = guest
         self._boot_timeout_s = boot_timeout_s
+        self._networks = networks
+        self._network = networks is not None and networks.refusal is None
+        self._trust = trust or Trust(None)
+        self._registries = Known(cache_dir / "registries")
         self._verified: dict[str, Template] = {}
         self._locks: dict[str, anyio.Lock] = {}
 
@@ -90,16 +109,19 @@ class Templates:
                 cold = not await self._usable(template)
                 if cold:
                     await self._build(template, image)
-            self._verified[key] = template
+            registries = await anyio.to_thread.run_sync(_registries, template.folder)
+            self._verified[key] = template = replace(template, registries=registries)
             return template, cold
 
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
+        parts += [self._network, self._trust.fingerprint(), ASKED]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
     def _describe(self, key: str, image: Image, vcpus: int, memory_mib: int) -> Template:
         folder = self._folder / key
-        spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
+        guest = self._guest
+        spec = MachineSpec(guest.kernel, guest.initrd, guest.system, vcpus, memory_mib, network=self._network)
         return Template(key, folder, Saved(spec, folder / "memory", folder / "state"), dict(image.env))
 
     async def _usable(self, template: Template) -> bool:
@@ -117,28 +139,43 @@ class Templates:
         with _building(template.folder) as folder:
             disk, memory = folder / "disk.qcow2", folder / "memory"
             await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", "raw", disk)
-            await self._boot(template, image, disk, memory, folder)
+            registries = await self._boot(template, image, disk, memory, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
             await _qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
             for leftover in ("qmp.sock", "agent.sock", "vmm.log"):
                 (folder / leftover).unlink(missing_ok=True)
-            await anyio.to_thread.run_sync(_seal, folder, template)
+            await anyio.to_thread.run_sync(_seal, folder, template, registries)
 
-    async def _boot(self, template: Template, image: Image, disk: Path, memory: Path, folder: Path) -> None:
-        machine = await self._driver.boot(template.saved.spec, disk, memory, folder)
+    async def _boot(
+        self, template: Template, image: Image, disk: Path, memory: Path, folder: Path
+    ) -> tuple[Registry, ...]:
+        network = None if self._networks is None else await self._networks.make()
+        try:
+            tap = None if network is None else network.tap
+            machine = await self._driver.boot(template.saved.spec, disk, memory, folder, tap=tap)
+            return await self._furnish(machine, template, image, folder)
+        finally:
+            if network is not None:
+                await network.aclose()
+
+    async def _furnish(self, machine: Machine, template: Template, image: Image, folder: Path) -> tuple[Registry, ...]:
+        """From power on to saved; the machine is closed. Returns: the image's package registries."""
         try:
             try:
                 async with connected(await machine.dial()) as agent:
                     await agent.hello(self._boot_timeout_s)
                     await agent.configure(template.env, image.workdir)
+                    trusted = await self._trust.install(agent)
+                    registries = await self._ask_registries(agent, image)
                     for command in WARM_UP:
                         await agent.execute(command)
-                    await agent.identify(identity.fresh(NOBODY, {}))
+                    await agent.identify(identity.fresh(NOBODY, trusted))
                     await agent.rest()
                     await anyio.sleep(SETTLE_S)
                     await machine.pause()
                     await machine.save(folder / "state")
+                    return registries
             except TimeoutError as exc:
                 raise BootFailed(f"the guest did not come up within {self._boot_timeout_s:.0f} s") from exc
             except (GuestProtocolError, ExecutionError) as exc:
@@ -150,6 +187,17 @@ class Templates:
             raise
         finally:
             await machine.aclose()
+
+    async def _ask_registries(self, agent: Agent, image: Image) -> tuple[Registry, ...]:
+        known = self._registries.of(image.digest)
+        if known is None:
+            known = await ask(agent)
+            self._registries.keep(image.digest, known)
+        return known
+
+
+def _registries(folder: Path) -> tuple[Registry, ...]:
+    return from_json(json.loads((folder / "template.json").read_text())["registries"])
 
 
 def verify(folder: Path) -> None:
@@ -167,7 +215,7 @@ def verify(folder: Path) -> None:
         raise CorruptTemplate(f"template {folder.name}: its description can't be read: {exc}") from exc
 
 
-def _seal(folder: Path, template: Template) -> None:
+def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) -> None:
     names = ("memory", "state", "disk.qcow2", "blank.qcow2")
     for name in names:
         (folder / name).chmod(0o400)
@@ -178,6 +226,7 @@ def _seal(folder: Path, template: Template) -> None:
         "vcpus": spec.vcpus,
         "memory_mib": spec.memory_mib,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "registries": to_json(registries),
         "sha256": {name: _digest(folder / name) for name in names},
     }
     (folder / "template.json").write_text(json.dumps(description, indent=1))

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from instavm import limits
 from instavm.sandbox import Tier
 from instavm.wire.base import Timestamp, Wire
+from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
 
 
@@ -48,6 +49,7 @@ class CreateSession(Wire):
     memory_mb: MemoryMib = limits.MEMORY_MIB_DEFAULT
     metadata: Metadata = Field(default_factory=dict)
     env: Env = Field(default_factory=dict, repr=False)
+    egress_policy: SetEgress | None = None
 
 
 class Start(Wire):

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from instavm import limits
 from instavm.errors import UnsupportedOperationError
 from instavm.wire.base import Timestamp, Wire
+from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import MemoryMib, Metadata, Vcpus, or_
 
@@ -43,6 +44,7 @@ class CreateVm(Wire):
     snapshot_name: str | None = Field(None, max_length=200)
     auto_suspend: Flag = False
     auto_resume: Flag = False
+    egress_policy: SetEgress | None = None
     snapshot_id: NotHere = None
     volumes: NotHere = None
     vault_ids: NotHere = None

@@ -1,5 +1,6 @@
 """What QEMU is started with is a pure function of the spec."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_no_device_is_there_that_nobody_asked_for():
     for flag in ("-nodefaults", "-no-user-config", "-no-reboot"):
         assert flag in arguments
     assert "spawn=deny" in arguments[arguments.index("-sandbox") + 1]
+
+
+def test_a_network_device_is_there_only_for_a_spec_that_has_one():
+    assert qemu.network(SPEC, 7) == []
+    arguments = qemu.network(replace(SPEC, network=True), 7)
+    assert "tap,id=net,fd=7,vhost=off" in arguments and any("virtio-net-device" in one for one in arguments)
 
 
 @pytest.mark.parametrize(("said", "complaint"), [("5.2.0", "too old"), ("weird", "can't be read")])

@@ -28,6 +28,8 @@ async def create(
             session = await here.sessions.create(caller, ask, target)
         else:
             session = await here.sessions.get(caller, ask.session_id)
+            if ask.egress_policy is not None:
+                await here.egress.set_session(session, ask.egress_policy.egress())
             here.sessions.begin(session)
         if wait:
             try:

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection
 
 from instavm.control.store import schema
 from instavm.control.store.accounts import AccountRows
+from instavm.control.store.egress import EgressRows
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal
 from instavm.control.store.repeats import RepeatRows
@@ -37,6 +38,7 @@ class Store:
         self.sessions = SessionRows(engine, journal)
         self.tasks = TaskRows(engine, journal)
         self.repeats = RepeatRows(engine, journal)
+        self.egress = EgressRows(engine, journal)
 
 
 @asynccontextmanager

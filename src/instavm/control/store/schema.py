@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -155,7 +156,15 @@ repeats = Table(
     Index("repeats_by_age", "created_at"),
 )
 
-STEPS: Final = {
+egress = Table(
+    "egress",
+    metadata,
+    Column("target", String, primary_key=True),
+    Column("policy", JSON, nullable=False),
+    Column("changed_at", Utc, nullable=False),
+)
+
+STEPS: Final[Mapping[int, tuple[str, ...]]] = {
     1: (
         "ALTER TABLE tenants ADD COLUMN max_sandboxes INTEGER",
         "ALTER TABLE tenants ADD COLUMN max_vcpus INTEGER",
@@ -164,5 +173,6 @@ STEPS: Final = {
         "ALTER TABLE api_keys ADD COLUMN last_used_at VARCHAR",
         "ALTER TABLE sessions ADD COLUMN options JSON NOT NULL DEFAULT '{}'",
     ),
+    2: (),
 }
 """Version → what leads to the next one, besides tables that are new in it."""

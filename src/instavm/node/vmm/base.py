@@ -21,6 +21,8 @@ class MachineSpec:
     """Read-only system image: the agent and the Python that runs it."""
     vcpus: int
     memory_mib: int
+    network: bool = False
+    """Whether it has a network device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +93,17 @@ class Driver(Protocol):
         """Everything about this driver that a saved state depends on."""
         ...
 
-    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path) -> Machine:
-        """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed."""
+    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path, *, tap: int | None = None) -> Machine:
+        """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed.
+
+        tap: a descriptor that the VMM inherits: the other end of the network device, for a spec that has one.
+        """
         ...
 
-    async def prepare(self, saved: Saved, disk: Path, home: Path, *, background: bool) -> Machine:
-        """A VMM process that waits for `load`; nothing of the guest runs yet. Raises BootFailed.
+    async def prepare(
+        self, saved: Saved, disk: Path, home: Path, *, background: bool, tap: int | None = None
+    ) -> Machine:
+        """A VMM process that waits for `load`; nothing of the guest runs yet. `tap` as in `boot`. Raises BootFailed.
 
         background: it starts up only while nothing else wants the CPU, and gets its full share with `load`.
         """

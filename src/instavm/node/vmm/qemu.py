@@ -20,6 +20,7 @@ from qemu.qmp import QMPClient
 from qemu.qmp.error import QMPError
 
 from instavm.errors import BootFailed, HostNotReady
+from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.vmm import tsc
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.process import VMMProcess
@@ -77,6 +78,16 @@ def disks(spec: MachineSpec, root: Path) -> list[str]:
             f"if=none,id=root,file={root},format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=report",
         ),
         *("-device", "virtio-blk-device,drive=root"),
+    ]
+
+
+def network(spec: MachineSpec, tap: int | None) -> list[str]:
+    if not spec.network:
+        return []
+    assert tap is not None, "a machine with a network device needs a tap"
+    return [
+        *("-netdev", f"tap,id=net,fd={tap},vhost=off"),
+        *("-device", f"virtio-net-device,netdev=net,mac={GUEST_MAC}"),
     ]
 
 
@@ -220,7 +231,9 @@ class QemuDriver:
         kind = self._acceleration
         return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {KERNEL_ARGUMENTS} {TIER_ARGUMENTS[kind]}"
 
-    async def boot(self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path) -> QemuMachine:
+    async def boot(
+        self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path, *, tap: int | None = None
+    ) -> QemuMachine:
         return await self._spawn(
             home,
             lambda sockets: [
@@ -228,11 +241,15 @@ class QemuDriver:
                 *memory(spec, memory_file, share=True),
                 *disks(spec, disk),
                 *ports(sockets),
+                *network(spec, tap),
                 *boot_arguments(spec, self._acceleration),
             ],
+            tap=tap,
         )
 
-    async def prepare(self, saved: Saved, disk: Path, home: Path, *, background: bool) -> QemuMachine:
+    async def prepare(
+        self, saved: Saved, disk: Path, home: Path, *, background: bool, tap: int | None = None
+    ) -> QemuMachine:
         state = os.open(saved.state, os.O_RDONLY | os.O_CLOEXEC)
         try:
             made = await self._spawn(
@@ -242,9 +259,11 @@ class QemuDriver:
                     *memory(saved.spec, saved.memory, share=False),
                     *disks(saved.spec, disk),
                     *ports(sockets),
+                    *network(saved.spec, tap),
                     *("-incoming", "defer"),
                 ],
                 state,
+                tap=tap,
                 background=background,
             )
         finally:
@@ -262,11 +281,12 @@ class QemuDriver:
         arguments: Callable[[Sockets], list[str]],
         state_fd: int | None = None,
         *,
+        tap: int | None = None,
         background: bool = False,
     ) -> QemuMachine:
         with _listening(home / "qmp.sock") as qmp_socket, _listening(home / "agent.sock") as agent_socket:
             sockets = Sockets(qmp_socket.fileno(), agent_socket.fileno())
-            fds = [sockets.qmp, sockets.agent, *([] if state_fd is None else [state_fd])]
+            fds = [sockets.qmp, sockets.agent, *(fd for fd in (state_fd, tap) if fd is not None)]
             try:
                 process = VMMProcess.spawn([BINARY, *arguments(sockets)], log=home / "vmm.log", pass_fds=fds)
             except OSError as exc:

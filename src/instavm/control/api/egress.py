@@ -1,0 +1,80 @@
+"""Routes of egress policies: of a session, of a VM, and what they did."""
+
+from datetime import UTC, datetime
+
+from fastapi import APIRouter
+
+from instavm.control.api.here import Caller, Here
+from instavm.sandbox import EgressLog
+from instavm.wire import egress as wire
+
+router = APIRouter()
+
+
+@router.post("/v1/egress/session/{session_id}")
+async def set_session(session_id: str, ask: wire.SetEgress, caller: Caller, here: Here) -> wire.EgressPolicy:
+    """In force when it is answered; with no sandbox yet, from the first moment of the next one."""
+    session = await here.sessions.get(caller, session_id)
+    applied = await here.egress.set_session(session, ask.egress())
+    return wire.EgressPolicy.of(ask.egress(), _status(applied))
+
+
+@router.get("/v1/egress/session/{session_id}")
+async def get_session(session_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
+    egress, up = here.egress.of_session(await here.sessions.get(caller, session_id))
+    return wire.EgressPolicy.of(egress, _status(up))
+
+
+@router.post("/v1/egress/vm/{vm_id}")
+async def set_vm(vm_id: str, ask: wire.SetEgress, caller: Caller, here: Here) -> wire.EgressPolicy:
+    session, vm = await here.sessions.of_vm(caller, vm_id)
+    await here.egress.set_vm(session, vm.id, ask.egress())
+    return wire.EgressPolicy.of(ask.egress(), _status(True))
+
+
+@router.get("/v1/egress/vm/{vm_id}")
+async def get_vm(vm_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
+    session, vm = await here.sessions.of_vm(caller, vm_id)
+    egress, up = here.egress.of_vm(session, vm.id)
+    return wire.EgressPolicy.of(egress, _status(up))
+
+
+@router.get("/v1/egress/session/{session_id}/log")
+async def session_log(session_id: str, caller: Caller, here: Here) -> wire.EgressLog:
+    """Where its sandbox went, or tried to: at most some hundred destinations, with counts."""
+    return _log(*await here.egress.log(await here.sessions.get(caller, session_id)))
+
+
+@router.get("/v1/egress/vm/{vm_id}/log")
+async def vm_log(vm_id: str, caller: Caller, here: Here) -> wire.EgressLog:
+    session, vm = await here.sessions.of_vm(caller, vm_id)
+    return _log(*await here.egress.log(session, vm.id))
+
+
+def _status(applied: bool) -> str:
+    return "applied" if applied else "pending"
+
+
+def _log(vm_id: str, log: EgressLog) -> wire.EgressLog:
+    entries = [
+        wire.EgressEntry(
+            name=one.name,
+            address=one.address,
+            port=one.port,
+            protocol=one.protocol,
+            allowed=one.allowed,
+            rule=one.rule,
+            count=one.count,
+            first_at=None if one.first_at is None else datetime.fromtimestamp(one.first_at, UTC),
+            last_at=None if one.last_at is None else datetime.fromtimestamp(one.last_at, UTC),
+            registry=one.registry,
+        )
+        for one in log.seen
+    ]
+    return wire.EgressLog(
+        vm_id=vm_id,
+        entries=entries,
+        bytes_sent=log.bytes_sent,
+        bytes_received=log.bytes_received,
+        open_connections=log.open_connections,
+    )

@@ -1,0 +1,213 @@
+"""HTTP/1.1 from a sandbox to a name: read and written anew request by request, so that each bears the name that was allowed.
+
+What reaches the server is what we understood, in our own framing: a second request can't hide behind the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import anyio
+import h11
+
+from instavm.node.network.filter.place import Place, ungrouped
+from instavm.node.network.filter.seen import Refused
+
+HEAD_MAX: Final = 64 << 10
+CHUNK: Final = 1 << 18
+FAREWELL_S: Final = 1.0
+Dial = Callable[[], Awaitable[tuple[socket.socket, bytes]]]
+
+
+async def first_head(place: Place, guest: socket.socket, head: bytes, name: str) -> bytes:
+    """Read on until the first request's head is there and is one that may pass. Raises Refused."""
+    while True:
+        talk = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX)
+        talk.receive_data(head)
+        event = _understood(talk)
+        if event is not h11.NEED_DATA:
+            _check(event, talk, name)
+            return head
+        more = await place.receive(guest)
+        if not more:
+            raise Refused("not_tls_or_http")
+        head += more
+
+
+async def relay(
+    place: Place, guest: socket.socket, head: bytes, name: str, dial: Dial, allowed: Callable[[], None]
+) -> None:
+    """Serve the guest until one side has enough. Raises Refused, OSError, and what `dial` raises."""
+    down = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX)
+    down.receive_data(head)
+    outside: socket.socket | None = None
+    try:
+        while True:
+            request = await _next(down, lambda: place.receive(guest))
+            if isinstance(request, h11.ConnectionClosed):
+                return
+            _check(request, down, name)
+            if outside is None or not _open_still(outside):
+                if outside is not None:
+                    outside.close()
+                outside, _ = await dial()
+                up = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
+            allowed()
+            if await _exchange(place, guest, down, outside, up, request):
+                await _rest(place, guest, down, outside, up)
+                return
+            if down.our_state is not h11.DONE or down.their_state is not h11.DONE:
+                return
+            down.start_next_cycle()
+            if up.our_state is h11.DONE and up.their_state is h11.DONE:
+                up.start_next_cycle()
+            else:
+                outside.close()
+                outside = None
+    except h11.ProtocolError as exc:
+        raise Refused("not_tls_or_http") from exc
+    finally:
+        if outside is not None:
+            outside.close()
+
+
+async def _exchange(
+    place: Place,
+    guest: socket.socket,
+    down: h11.Connection,
+    outside: socket.socket,
+    up: h11.Connection,
+    ask: h11.Request,
+) -> bool:
+    """One request and its answer. Returns: whether both sides go on to speak something else."""
+    loop = asyncio.get_running_loop()
+
+    async def out(event: Any) -> None:
+        if data := up.send(event):
+            await loop.sock_sendall(outside, data)
+
+    async def back(event: Any) -> None:
+        if data := down.send(event):
+            await place.send(guest, data)
+
+    async def body() -> None:
+        while True:
+            event = await _next(down, lambda: place.receive(guest))
+            if event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
+                return
+            await out(h11.Data(event.data) if isinstance(event, h11.Data) else event)
+            if isinstance(event, h11.EndOfMessage):
+                return
+
+    await out(h11.Request(method=ask.method, target=_path(ask), headers=ask.headers.raw_items()))
+    switched = False
+    with ungrouped():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(body)
+            while True:
+                event = await _next(up, lambda: loop.sock_recv(outside, CHUNK))
+                if isinstance(event, h11.ConnectionClosed):
+                    raise OSError("the server hung up")
+                if isinstance(event, h11.Response):
+                    event = h11.Response(
+                        status_code=event.status_code, headers=event.headers.raw_items(), reason=event.reason
+                    )
+                await back(event)
+                switched = isinstance(event, h11.InformationalResponse) and event.status_code == 101
+                if switched or isinstance(event, h11.EndOfMessage):
+                    break
+            if down.their_state is not h11.SEND_BODY:
+                return switched
+            tasks.cancel_scope.cancel()  # answered before all of it was sent: the connection can't go on
+    return switched
+
+
+async def _rest(
+    place: Place, guest: socket.socket, down: h11.Connection, outside: socket.socket, up: h11.Connection
+) -> None:
+    from instavm.node.network.filter.connections import splice  # noqa: PLC0415 (each calls the other)
+
+    early, _ = up.trailing_data
+    sent, _ = down.trailing_data
+    if sent:
+        await asyncio.get_running_loop().sock_sendall(outside, sent)
+    await splice(place, guest, outside, bytes(early))
+
+
+async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]]) -> Any:
+    while True:
+        event = _understood(talk)
+        if event is not h11.NEED_DATA:
+            return event
+        talk.receive_data(await more())
+
+
+def _understood(talk: h11.Connection) -> Any:
+    try:
+        return talk.next_event()
+    except h11.RemoteProtocolError as exc:
+        if talk.our_role is h11.CLIENT:
+            raise OSError(f"the server speaks no HTTP: {exc}") from exc
+        raise Refused("not_tls_or_http") from exc
+
+
+def _open_still(outside: socket.socket) -> bool:
+    """Whether a server that has nothing to say has not hung up either."""
+    try:
+        return bool(outside.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _check(request: Any, talk: h11.Connection, name: str) -> None:
+    """Raises Refused, with an answer that says why."""
+    if not isinstance(request, h11.Request):
+        raise Refused("not_tls_or_http")
+    rule = _wrong(request, name)
+    if rule is None:
+        return
+    text = f"InstaVM: {rule}: this connection is for {name}\n".encode()
+    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(text))), ("Connection", "close")]
+    said = talk.send(h11.Response(status_code=403, headers=headers)) or b""
+    raise Refused(rule, said + (talk.send(h11.Data(text)) or b"") + (talk.send(h11.EndOfMessage()) or b""))
+
+
+async def farewell(guest: socket.socket, answer: bytes) -> None:
+    """Say a last thing and wait a moment for it to be taken: a reset must not overtake it."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(OSError):  # who asked may be gone
+        await loop.sock_sendall(guest, answer)
+        guest.shutdown(socket.SHUT_WR)
+        with anyio.move_on_after(FAREWELL_S):
+            while await loop.sock_recv(guest, CHUNK):
+                pass
+
+
+def _wrong(request: h11.Request, name: str) -> str | None:
+    if request.method == b"CONNECT":
+        return "connect"
+    hosts = [_host(value.decode("latin-1")) for key, value in request.headers if key == b"host"]
+    if request.target.startswith((b"http://", b"https://")):
+        hosts.append(_host(urlsplit(request.target.decode("latin-1")).netloc))
+    if not hosts:
+        return "no_name"
+    return None if all(host == name for host in hosts) else "wrong_name"
+
+
+def _host(value: str) -> str:
+    return value.strip().rpartition("@")[2].partition(":")[0].lower().rstrip(".")
+
+
+def _path(request: h11.Request) -> bytes:
+    """The target as servers expect it: without scheme and host."""
+    if not request.target.startswith((b"http://", b"https://")):
+        return bytes(request.target)
+    parts = urlsplit(request.target.decode("latin-1"))
+    return (parts.path or "/").encode("latin-1") + (b"?" + parts.query.encode("latin-1") if parts.query else b"")

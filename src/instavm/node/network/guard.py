@@ -1,0 +1,291 @@
+"""The networks of all sandboxes on this host, and the filter's process, which the server starts, watches and replaces.
+
+While there is no filter nothing gets through, whatever the rules say: it alone has the sockets that lead on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import anyio
+
+from instavm.errors import HostNotReady
+from instavm.node.network import rules, space
+from instavm.node.network.policy import Policy, Registry, registry, to_wire
+from instavm.node.network.ports import own_ports
+from instavm.node.network.space import Space
+from instavm.sandbox import Egress, EgressLog, Seen
+from instavm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MESSAGE_MAX: Final = 4 << 20
+SO_SNDBUFFORCE: Final = 32
+ANSWER_S: Final = 10.0
+BEGIN_S: Final = 120.0
+"""How long a filter may take to start up while others have the CPU."""
+AGAIN_S: Final = 0.2
+"""Pause before a filter that ended is replaced, so that one that can't live does not take the whole CPU."""
+
+
+@dataclass(eq=False, slots=True)
+class Network:
+    """One sandbox's. Closed by whoever has its machine."""
+
+    name: str
+    space: Space
+    networks: Networks
+    policy: Policy
+    changing: anyio.Lock = field(default_factory=anyio.Lock)
+
+    @property
+    def tap(self) -> int:
+        """For the VMM to inherit."""
+        return self.space.tap
+
+    async def put(self, egress: Egress, registries: Iterable[Registry]) -> None:
+        """In force when it returns. Raises HostNotReady; then nothing gets through."""
+        policy = Policy(egress, [*registries, *self.networks.registries])
+        await self.networks.ready()
+        async with self.changing:
+            try:
+                await self._put(policy)
+            except BaseException:
+                with anyio.CancelScope(shield=True), contextlib.suppress(HostNotReady):
+                    await self._put(_closed(policy))
+                raise
+
+    async def _put(self, policy: Policy) -> None:
+        self.policy = _closed(policy)
+        await self.networks.ask("put", self.name, **_told(policy))
+        await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
+        self.policy = policy
+
+    async def log(self) -> EgressLog:
+        """Raises HostNotReady."""
+        await self.networks.ready()
+        said = await self.networks.ask("log", self.name)
+        kernel = rules.refused(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_REFUSED))
+        seen = [Seen(*entry) for entry in said["entries"]]
+        return EgressLog((*seen, *kernel), said["sent"], said["received"], said["open"])
+
+    async def aclose(self) -> None:
+        """Twice is fine."""
+        with anyio.CancelScope(shield=True):
+            await self.networks.forget(self)
+            await anyio.to_thread.run_sync(self.space.close)
+
+
+class Networks:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._live: dict[str, Network] = {}
+        self._names = itertools.count(1)
+        self._ids = itertools.count(1)
+        self._line: socket.socket | None = None
+        self._ready = anyio.Event()
+        """Set while there is a filter that has been told everything."""
+        self._sending = anyio.Lock()
+        self._waiting: dict[int, tuple[anyio.Event, list[dict[str, Any]]]] = {}
+        self.registries = [registry(text) for text in settings.egress_package_hosts]
+        self.refusal: str | None = None
+        """Why this host can give sandboxes no network; None when it can."""
+        self.filter_pid: int | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Raises HostNotReady, only for settings that can't be meant."""
+        self.refusal = await anyio.to_thread.run_sync(space.lacking)
+        if self.refusal is not None:
+            log.warning("sandboxes have no network here: %s", self.refusal)
+            yield
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._keep_filter)
+            tasks.start_soon(anyio.to_thread.run_sync, space.preload)
+            yield
+            tasks.cancel_scope.cancel()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    async def make(self, registries: Iterable[Registry] = ()) -> Network | None:
+        """A new network, closed to everything; None where this host can't. Raises HostNotReady.
+
+        registries: so that its log can tell them apart.
+        """
+        if self.refusal is not None:
+            return None
+        return await self._take_on(await anyio.to_thread.run_sync(space.make), registries)
+
+    async def adopt(self, pid: int) -> Network | None:
+        """The network of a VMM that an earlier server started, closed to everything; None: it has none. Raises HostNotReady."""
+        found = None if self.refusal is not None else await anyio.to_thread.run_sync(space.adopt, pid)
+        return None if found is None else await self._take_on(found, ())
+
+    async def _take_on(self, made: Space, registries: Iterable[Registry]) -> Network:
+        network = Network(str(next(self._names)), made, self, Policy(Egress(), [*registries, *self.registries]))
+        self._live[network.name] = network
+        try:
+            if self._ready.is_set():  # else it is told with all others, once there is a filter
+                await self._hand_over(network)
+        except BaseException:
+            await network.aclose()
+            raise
+        return network
+
+    async def ready(self) -> None:
+        """Wait until there is a filter. Raises HostNotReady."""
+        if not self._ready.is_set():
+            self._hurry()
+        try:
+            with anyio.fail_after(ANSWER_S):
+                await self._ready.wait()
+        except TimeoutError as exc:
+            raise HostNotReady("the egress filter does not come up") from exc
+
+    async def _hand_over(self, network: Network) -> None:
+        fds = [one.fileno() for one in network.space.sockets]
+        await self.ask("open", network.name, fds=fds, **_told(network.policy))
+
+    async def forget(self, network: Network) -> None:
+        if self._live.pop(network.name, None) is not None:
+            with contextlib.suppress(HostNotReady):  # a filter that is gone has forgotten it already
+                await self.ask("close", network.name)
+
+    async def ask(
+        self, what: str, name: str = "", fds: Iterable[int] = (), *, within_s: float = ANSWER_S, **more: Any
+    ) -> dict[str, Any]:
+        """Raises HostNotReady: there is no filter, or it refuses."""
+        number, event, answer = next(self._ids), anyio.Event(), list[dict[str, Any]]()
+        message = json.dumps({"id": number, "do": what, "name": name, **more}).encode()
+        self._waiting[number] = (event, answer)
+        try:
+            with anyio.fail_after(within_s):
+                async with self._sending:
+                    await self._send(message, list(fds))
+                await event.wait()
+        except (OSError, TimeoutError) as exc:
+            raise HostNotReady(f"the egress filter does not answer: {exc or 'too slow'}") from exc
+        finally:
+            del self._waiting[number]
+        if not answer or "error" in answer[0]:
+            raise HostNotReady(f"the egress filter: {answer[0]['error'] if answer else 'it has ended'}")
+        return answer[0]
+
+    async def _send(self, message: bytes, fds: list[int]) -> None:
+        while True:
+            if self._line is None:
+                raise OSError("it is not running")
+            try:
+                socket.send_fds(self._line, [message], fds)
+                return
+            except BlockingIOError:
+                await anyio.wait_writable(self._line)
+
+    async def _keep_filter(self) -> None:
+        while True:
+            process, line = _spawn()
+            self._line, self.filter_pid = line, process.pid
+            if self._live:
+                self._hurry()
+            try:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(self._hear, line, tasks.cancel_scope)
+                    if not await self._begin():
+                        tasks.cancel_scope.cancel()
+                    await anyio.sleep_forever()
+            finally:
+                self._line = self.filter_pid = None
+                self._ready = anyio.Event()
+                line.close()
+                process.kill()
+                process.wait()
+                self._all_unanswered()
+            log.error("the egress filter has ended; nothing gets through until there is another one")
+            await anyio.sleep(AGAIN_S)
+
+    async def _begin(self) -> bool:
+        """Tell a new filter everything. Returns: False, when it can't be told: it is replaced like one that ended."""
+        settings = self._settings
+        rate = settings.egress_mbit_per_s
+        try:
+            await self.ask(
+                "begin",
+                within_s=BEGIN_S,
+                dns=list(settings.egress_dns),
+                proxy=settings.egress_proxy,
+                connections=settings.egress_connections,
+                bytes_per_s=None if rate is None else rate * 125_000,
+            )
+            for network in list(self._live.values()):
+                async with network.changing:
+                    await self._hand_over(network)
+        except HostNotReady as exc:
+            log.error("the egress filter could not be set up: %s", exc)
+            return False
+        self._hurry()
+        self._ready.set()
+        return True
+
+    def _hurry(self) -> None:
+        """From here on it gets its share of the CPU; it started up only when nobody else wanted that."""
+        if self.filter_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(self.filter_pid, os.SCHED_OTHER, os.sched_param(0))
+
+    async def _hear(self, line: socket.socket, around: anyio.CancelScope) -> None:
+        while True:
+            await anyio.wait_readable(line)
+            try:
+                data = line.recv(MESSAGE_MAX)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                around.cancel()
+                return
+            message = json.loads(data)
+            if (waiting := self._waiting.get(message["id"])) is not None:
+                waiting[1].append(message)
+                waiting[0].set()
+
+    def _all_unanswered(self) -> None:
+        for event, _ in self._waiting.values():
+            event.set()
+
+
+def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, MESSAGE_MAX)
+        ours.setblocking(False)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "instavm.node.network.filter", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+            env={"LANG": "C.UTF-8", "PATH": os.defpath},
+        )
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    return process, ours
+
+
+def _closed(policy: Policy) -> Policy:
+    return Policy(Egress(), policy.registries.values())
+
+
+def _told(policy: Policy) -> dict[str, Any]:
+    return {"policy": to_wire(policy), "closed_ports": own_ports()}

@@ -1,0 +1,53 @@
+"""libnftables, as far as we call it. It speaks to the kernel itself: for the network namespace of the calling thread."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+from instavm.errors import HostNotReady
+
+JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, nftables/libnftables.h
+HOW_TO_GET = "Install it with: apt-get install libnftables1"
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL("libnftables.so.1")
+    except OSError as exc:
+        raise HostNotReady(f"libnftables is missing: {exc}. {HOW_TO_GET}") from exc
+    library.nft_ctx_new.restype = ctypes.c_void_p
+    for name in ("nft_ctx_buffer_output", "nft_ctx_buffer_error", "nft_ctx_free"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+        getattr(library, name).restype = ctypes.c_char_p
+    library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+    return library
+
+
+def available() -> bool:
+    try:
+        _library()
+    except HostNotReady:
+        return False
+    return True
+
+
+def run(commands: str) -> str:
+    """Carry out commands, all or none; what they answer, as JSON. Raises HostNotReady, OSError (refused by the kernel)."""
+    library = _library()
+    context = library.nft_ctx_new(0)
+    try:
+        library.nft_ctx_output_set_flags(context, JSON)
+        library.nft_ctx_buffer_output(context)
+        library.nft_ctx_buffer_error(context)
+        status = library.nft_run_cmd_from_buffer(context, commands.encode())
+        if status != 0:
+            said = (library.nft_ctx_get_error_buffer(context) or b"").decode(errors="replace").strip()
+            raise OSError(f"nftables: {said or status}")
+        return str((library.nft_ctx_get_output_buffer(context) or b"").decode())
+    finally:
+        library.nft_ctx_free(context)

@@ -1,0 +1,96 @@
+"""Where an image's package managers get packages from, as they themselves say: asked once, in the image's first template.
+
+An image can name what it likes: its answer opens nothing but public hosts, and only to who allows package managers in
+a sandbox of that image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from instavm.node.agent import Agent
+from instavm.node.network.policy import HTTP, HTTPS, Registry
+from instavm.sandbox import Command
+
+ASK_S: Final = 120.0
+HOSTS_MAX: Final = 64
+ANSWER_MAX: Final = 64 << 10
+HOST: Final = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+APT: Final = 'command -v apt-get >/dev/null && apt-get --print-uris update | cut -d "\'" -f 2'
+NPM: Final = "command -v npm >/dev/null && npm config list --json"
+PIP: Final = """command -v python3 >/dev/null && python3 - <<'END'
+from pip._internal.commands import create_command
+from pip._internal.models.index import PyPI
+options, _ = create_command("install").parse_args([])
+print(options.index_url, *options.extra_index_urls, *options.find_links, sep="\\n")
+if options.index_url.rstrip("/") == PyPI.simple_url.rstrip("/"):
+    print("https://" + PyPI.file_storage_domain)
+END"""
+ASKED: Final = hashlib.sha256(f"{APT}\n{PIP}\n{NPM}".encode()).hexdigest()[:16]
+"""Changes with the questions."""
+
+
+async def ask(agent: Agent) -> tuple[Registry, ...]:
+    """What apt, pip and npm are set up for; those that are not there have nothing to say."""
+    urls = [*await _lines(agent, APT), *await _lines(agent, PIP)]
+    try:
+        npm = json.loads("\n".join(await _lines(agent, NPM)) or "{}")
+    except ValueError:
+        npm = {}
+    if isinstance(npm, dict):
+        urls += [str(value) for key, value in npm.items() if key.endswith("registry")]
+    return tuple(found(urls))[:HOSTS_MAX]
+
+
+async def _lines(agent: Agent, code: str) -> list[str]:
+    done = await agent.execute(Command(code, "sh", ASK_S))
+    return done.stdout[:ANSWER_MAX].splitlines() if done.exit_code == 0 else []
+
+
+def found(urls: Iterable[str]) -> Iterator[Registry]:
+    """The hosts in them, each once, with the ports that they are reached on besides the usual two."""
+    hosts: dict[str, set[int]] = {}
+    for url in urls:
+        try:
+            parts = urlsplit(url.strip())
+            host, port = (parts.hostname or "").rstrip("."), parts.port
+        except ValueError:
+            continue
+        if parts.scheme in ("http", "https") and HOST.fullmatch(host) and not host.replace(".", "").isdigit():
+            hosts.setdefault(host, {HTTP, HTTPS}).update({port} if port else ())
+    for host, ports in hosts.items():
+        yield Registry(host, tuple(sorted(ports)))
+
+
+class Known:
+    """What images answered, kept by digest beside the templates, so that the next size need not ask again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def of(self, digest: str) -> tuple[Registry, ...] | None:
+        try:
+            return from_json(json.loads((self._folder / f"{digest}-{ASKED}.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, digest: str, registries: Iterable[Registry]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = self._folder / f".{digest}.{id(self)}"
+        new.write_text(json.dumps(to_json(registries)))
+        new.rename(self._folder / f"{digest}-{ASKED}.json")
+
+
+def to_json(registries: Iterable[Registry]) -> list[list[Any]]:
+    return [[one.host, list(one.ports)] for one in registries]
+
+
+def from_json(kept: Iterable[Any]) -> tuple[Registry, ...]:
+    """Raises ValueError, TypeError."""
+    return tuple(Registry(str(host), tuple(int(port) for port in ports)) for host, ports in kept)

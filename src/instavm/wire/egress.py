@@ -1,0 +1,144 @@
+"""Egress policies over the wire: `POST` and `GET` on `/v1/egress/{session|vm}/{id}`, and the log of what they let through."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address, ip_network
+from typing import Annotated, Any, Final
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from instavm import limits
+from instavm.sandbox import Egress
+from instavm.wire.base import Timestamp, Wire
+
+LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+NAME: Final = re.compile(rf"(?:\*\.)?(?:{LABEL}\.)*{LABEL}")
+NAME_CHARS: Final = 253
+
+
+def domain(text: str) -> str:
+    """A host name, or `*.` and one, as DNS has it: lower case, ASCII, no dot at the end. Raises: ValueError."""
+    try:
+        name = text.strip().lower().rstrip(".")
+        name = name if name.isascii() else name.encode("idna").decode()
+    except UnicodeError:
+        raise ValueError("not a host name") from None
+    if len(name) > NAME_CHARS or not NAME.fullmatch(name):
+        raise ValueError("not a host name")
+    if _is_address(name.removeprefix("*.")):
+        raise ValueError("an address belongs in allowed_cidrs")
+    return name
+
+
+def cidr(text: str) -> str:
+    """An address range; a single address stands for itself. Raises: ValueError."""
+    return str(ip_network(text.strip()))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return bool(re.fullmatch(r"[0-9.]+", text))
+    return True
+
+
+def _or_none(value: Any) -> Any:
+    return [] if value is None else value
+
+
+def _or_false(value: Any) -> Any:
+    return False if value is None else value
+
+
+def _once(values: list[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+Flag = Annotated[bool, BeforeValidator(_or_false), Field(strict=True)]
+Domains = Annotated[
+    list[Annotated[str, AfterValidator(domain)]],
+    BeforeValidator(_or_none),
+    Field(max_length=limits.EGRESS_RULES),
+    AfterValidator(_once),
+]
+Cidrs = Annotated[
+    list[Annotated[str, AfterValidator(cidr)]],
+    BeforeValidator(_or_none),
+    Field(max_length=limits.EGRESS_RULES),
+    AfterValidator(_once),
+]
+
+
+class SetEgress(Wire):
+    """What a sandbox may reach; what is left out is not allowed. The first flag has two names, of which the stricter holds."""
+
+    allow_package_managers: Annotated[bool | None, Field(strict=True)] = None
+    allow_public_repos: Annotated[bool | None, Field(strict=True)] = None
+    allow_http: Flag = False
+    allow_https: Flag = False
+    allowed_domains: Domains = Field(default_factory=list)
+    allowed_cidrs: Cidrs = Field(default_factory=list)
+
+    def egress(self) -> Egress:
+        given = [flag for flag in (self.allow_package_managers, self.allow_public_repos) if flag is not None]
+        return Egress(
+            packages=bool(given) and all(given),
+            http=self.allow_http,
+            https=self.allow_https,
+            domains=tuple(self.allowed_domains),
+            cidrs=tuple(self.allowed_cidrs),
+        )
+
+
+class EgressPolicy(Wire):
+    """What is in force. `status`: `applied`, or `pending` while there is no sandbox that it could hold for."""
+
+    allow_package_managers: bool
+    allow_public_repos: bool
+    allow_http: bool
+    allow_https: bool
+    allowed_domains: list[str]
+    allowed_cidrs: list[str]
+    status: str
+
+    @classmethod
+    def of(cls, egress: Egress, status: str) -> EgressPolicy:
+        return cls(
+            allow_package_managers=egress.packages,
+            allow_public_repos=egress.packages,
+            allow_http=egress.http,
+            allow_https=egress.https,
+            allowed_domains=list(egress.domains),
+            allowed_cidrs=list(egress.cidrs),
+            status=status,
+        )
+
+
+class EgressEntry(Wire):
+    """One destination. `rule`: what allowed it, or why it was refused. `name` is None where only an address was given.
+
+    `registry`: whether it is one of the image's package registries.
+    """
+
+    name: str | None = None
+    address: str | None = None
+    port: int
+    protocol: str
+    allowed: bool
+    rule: str
+    count: int
+    first_at: Timestamp | None = None
+    last_at: Timestamp | None = None
+    registry: bool = False
+
+
+class EgressLog(Wire):
+    """Since the sandbox has its network, or its server was last started; bytes are those of allowed connections."""
+
+    vm_id: str
+    entries: list[EgressEntry]
+    bytes_sent: int
+    bytes_received: int
+    open_connections: int

@@ -1,0 +1,134 @@
+"""Egress policies over the API: where they are kept, whom they hold for, and what is answered."""
+
+import pytest
+from local_node import open_local_node
+
+from instavm.control.accounts import LocalAccounts
+from instavm.control.control import open_control
+from instavm.control.quotas import Policy
+from instavm.control.store.accounts import Tenant
+from instavm.control.store.database import open_store
+from instavm.errors import HostNotReady
+from instavm.sandbox import NOTHING, Egress
+from instavm.wire.sessions import CreateSession
+
+ME = Tenant("local", "me", None)
+CLOSED = {
+    "allow_package_managers": False,
+    "allow_public_repos": False,
+    "allow_http": False,
+    "allow_https": False,
+    "allowed_domains": [],
+    "allowed_cidrs": [],
+}
+WEB = Egress(https=True, domains=("a.test",))
+
+
+def place(server, vm):
+    return server.node.places[vm.get_session_info()["vm_id"]]
+
+
+def test_closed_until_told_otherwise(server, vm):
+    vm.execute("1")
+    assert vm.get_session_egress() == {**CLOSED, "status": "applied"}
+    assert place(server, vm).egress == NOTHING
+
+
+def test_the_last_write_holds_for_the_sandbox(server, vm):
+    vm.execute("1")
+    vm_id = vm.get_session_info()["vm_id"]
+    answer = vm.set_session_egress(allow_package_managers=False, allow_http=False, allowed_domains=["A.test"])
+    assert answer["status"] == "applied" and place(server, vm).egress == WEB
+    vm.egress.set_vm(vm_id, allow_package_managers=True, allow_http=False, allow_https=False)
+    assert place(server, vm).egress == Egress(packages=True)
+    assert vm.get_session_egress()["allow_public_repos"] and vm.egress.get_vm(vm_id) == vm.get_session_egress()
+    vm.egress.set_session(allow_package_managers=False, allow_http=False, allow_https=False)
+    assert vm.get_vm_egress(vm_id) == {**CLOSED, "status": "applied"}
+
+
+def test_without_arguments_the_sdk_opens_the_web(vm):
+    answer = vm.set_session_egress()
+    assert answer["allow_package_managers"] and answer["allow_http"] and answer["allow_https"]
+
+
+def test_at_creation_and_for_what_follows(server, http):
+    policy = {"allow_public_repos": True, "allowed_cidrs": ["10.0.0.0/8"]}
+    made = http.post("/v1/vms", json={"egress_policy": policy}).json()
+    want = Egress(packages=True, cidrs=("10.0.0.0/8",))
+    assert server.node.places[made["vm_id"]].egress == want
+    server.portal.call(server.node.crash, made["vm_id"])
+    again = http.post("/v1/vms", json={"session_id": made["session_id"]}).json()
+    assert again["vm_id"] != made["vm_id"] and server.node.places[again["vm_id"]].egress == want
+    assert http.get(f"/v1/egress/vm/{made['vm_id']}").status_code == 410
+    assert http.post(f"/v1/egress/vm/{made['vm_id']}", json={}).status_code == 410
+    http.post("/kill", json={"session_id": made["session_id"]})
+    assert http.post(f"/v1/egress/session/{made['session_id']}", json={}).status_code == 410
+
+
+@pytest.mark.parametrize("of", ["session", "vm"])
+def test_somebody_elses_is_not_there(server, vm, of):
+    vm.execute("1")
+    target = vm.session_id if of == "session" else vm.get_session_info()["vm_id"]
+    import httpx
+
+    with httpx.Client(base_url=server.url, headers={"X-API-Key": server.other_key}) as other:
+        path = f"/v1/egress/{of}/{target}"
+        assert {
+            other.get(path).status_code,
+            other.post(path, json={}).status_code,
+            other.get(f"{path}/log").status_code,
+        } == {404}
+
+
+def test_a_refusal_names_field_value_and_what_is_allowed(http, vm):
+    answer = http.post(f"/v1/egress/session/{vm.session_id}", json={"allowed_domains": ["https://a.test"]})
+    assert answer.status_code == 422
+    told = answer.json()
+    assert (
+        told["field"] == "allowed_domains"
+        and "https://a.test" in str(told["detail"])
+        and "host names" in told["allowed"]
+    )
+
+
+def test_the_log(http, vm):
+    assert http.get(f"/v1/egress/session/{vm.session_id}/log").json()["entries"] == []
+    assert vm.egress.log()["open_connections"] == 0
+
+
+@pytest.mark.anyio
+async def test_the_next_server_puts_it_in_force_again(tmp_path):
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            ids = [(await control.sessions.create(ME, CreateSession())).id for _ in range(2)]
+            for session_id in ids:
+                await control.sessions.ready(await control.sessions.get(ME, session_id))
+            first, second = [await control.sessions.get(ME, session_id) for session_id in ids]
+            await control.egress.set_session(first, WEB)
+            await control.egress.set_session(second, WEB)
+            await control.egress.set_vm(second, second.vm.id, Egress(packages=True))
+            await control.leave()
+        for one in node.places.values():
+            one.egress = NOTHING
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            kept = {session_id: (await control.sessions.get(ME, session_id)).vm.id for session_id in ids}
+            assert node.places[kept[ids[0]]].egress == WEB
+            assert node.places[kept[ids[1]]].egress == Egress(packages=True)
+
+
+@pytest.mark.anyio
+async def test_the_operators_default_and_a_node_that_cannot(tmp_path, monkeypatch):
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        policy = Policy(egress=Egress(packages=True))
+        async with open_control(node, store, LocalAccounts(store.accounts), policy) as control:
+            session = await control.sessions.create(ME, CreateSession())
+            await control.sessions.ready(session)
+            assert node.places[session.vm.id].egress == Egress(packages=True)
+
+            async def cannot(*_):
+                raise HostNotReady("no network here")
+
+            monkeypatch.setattr(node, "set_egress", cannot)
+            with pytest.raises(HostNotReady):
+                await control.egress.set_session(session, WEB)
+            assert control.egress.of_session(session) == (Egress(packages=True), True), "what is answered is in force"

@@ -1,0 +1,150 @@
+"""An internet of the test's own: a namespace with web servers, a DNS server, a private network and a metadata service.
+
+The host reaches it through a pair of interfaces; it is gone with the test. Sandboxes reach it through the filter, or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from instavm.node.network import space
+from instavm.node.network.space import Space
+from instavm.sandbox import Command, Egress
+
+METADATA = "169.254.169.254"
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Internet:
+    """`a` and `b` are public servers, `private` is in a private network; all of them say what they saw."""
+
+    folder: Path
+    name: str
+    a: str
+    b: str
+    private: str
+    host: str
+    """The host's own address on the way there."""
+    metadata: str = METADATA
+
+    def zone(self, **records):
+        """Names and what they resolve to from now on: a list of addresses, or another name."""
+        new = self.folder / "zone.new"
+        new.write_text(json.dumps({name.replace("__", "."): value for name, value in records.items()}))
+        new.rename(self.folder / "zone.json")
+
+    def names(self, records):
+        self.zone(**{name.replace(".", "__"): value for name, value in records.items()})
+
+    @property
+    def seen(self):
+        return (self.folder / "seen").read_text().splitlines()
+
+    def forget(self):
+        (self.folder / "seen").write_text("")
+
+    def packets(self):
+        """Sent to one of its addresses so far, by anybody."""
+        (rule,) = [
+            one["rule"] for one in json.loads(self.nft("list chain ip seen arrive"))["nftables"] if "rule" in one
+        ]
+        return next(part["counter"]["packets"] for part in rule["expr"] if "counter" in part)
+
+    def nft(self, commands):
+        inside = Space(os.open(f"/run/netns/{self.name}", os.O_RDONLY))
+        try:
+            return space.apply(inside, commands)
+        finally:
+            inside.close()
+
+
+@pytest.fixture(scope="session")
+def internet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    number = os.getpid() % 250
+    name, block = f"ivmt{number}", (number % 16) * 16
+    public = [f"198.51.100.{block + one}" for one in (1, 2)]
+    world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
+    there = f"100.127.{number}.2"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-keyout", folder / "key.pem", "-out", folder / "cert.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    world.zone()
+    world.forget()
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "up0", "netns", name)
+        ip("addr", "add", f"{world.host}/30", "dev", name)
+        ip("link", "set", name, "up")
+        inside = ("-n", name)
+        ip(*inside, "link", "set", "lo", "up")
+        ip(*inside, "addr", "add", f"{there}/30", "dev", "up0")
+        ip(*inside, "link", "set", "up0", "up")
+        ip(*inside, "route", "add", "default", "via", world.host)
+        addresses = [world.a, world.b, world.private, METADATA]
+        for address in addresses:
+            ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
+            ip("route", "add", f"{address}/32", "via", there)
+        world.nft(
+            "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
+            f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"
+        )
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, Path(__file__).with_name("world.py"), folder, *addresses],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            yield world
+        finally:
+            process.stdin.close()
+            process.wait(20)
+            process.stdout.close()
+    finally:
+        ip("netns", "del", name)
+
+
+class Live:
+    """A sandbox as a test sees it."""
+
+    def __init__(self, node, vm_id):
+        self.node, self.vm_id = node, vm_id
+
+    async def python(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "python", timeout_s))
+
+    async def bash(self, code, timeout_s=60.0):
+        return await self.node.execute(self.vm_id, Command(code, "bash", timeout_s))
+
+    async def allow(self, **egress):
+        await self.node.set_egress(self.vm_id, Egress(**egress))
+
+    async def get(self, url, *options):
+        """What curl makes of it: the body, or the error's number."""
+        words = " ".join(f"'{word}'" for word in options)
+        done = await self.bash(f"curl -sk -m 20 {words} '{url}' || echo curl $?")
+        return done.stdout.strip()
+
+    async def log(self):
+        return (await self.node.egress_log(self.vm_id)).seen
+
+    @property
+    def network(self):
+        return self.node._live[self.vm_id].prepared.network
