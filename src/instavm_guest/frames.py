@@ -29,6 +29,8 @@ CANCEL = 4
 REST = 5  # once per template: it is about to be saved
 SYNC = 7  # another server takes up the line: answer with the same token, whatever was half-sent before
 STAGE_ENV = 6  # variables for everything that starts from now on
+FREEZE = 8  # let nobody write to the disk; ends by itself after seconds
+THAW = 9
 # about files; their kinds lie above all others, so that one comparison tells them apart
 PUT = 32
 GET = 33
@@ -46,7 +48,9 @@ OUTPUT = 22  # a piece of a rich output: one byte, 1 for the last piece, then by
 CONTENT = 48  # bytes of the file
 TAKEN = 49  # so many bytes of DATA have left the agent's memory
 
-FROM_HOST = frozenset({CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, PUT, GET, DATA, COMMIT, CREDIT})
+FROM_HOST = frozenset(
+    {CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PUT, GET, DATA, COMMIT, CREDIT}
+)
 FROM_GUEST = frozenset({HELLO, STDOUT, STDERR, DONE, FAILED, OUTPUT, SYNCED, CONTENT, TAKEN})
 
 HOST_PAYLOAD_MAX = 8 << 20

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestPro
 from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.images.store import GuestBase, Image
+from instavm.node.layers import Layers
+from instavm.node.sparse import digest
 from instavm.node.vmm.base import Driver, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 3
+VERSION = 4
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -41,6 +43,7 @@ WARM_UP = (
     Command("ls / | wc -l", "bash", 60),
 )
 """Run in every template before it is saved, so that every sandbox finds this code in memory."""
+DESCRIPTION = "template.json"
 NOBODY = "vm-0000000000"
 """Who a template is: a name as long as a sandbox's, so that taking its own changes no file's length."""
 SETTLE_S = 2.0
@@ -53,6 +56,10 @@ class Template:
     folder: Path
     saved: Saved
     env: dict[str, str]
+    image: str
+    """Name of the image that was booted."""
+    guest: str
+    """Digest of what it was booted with."""
 
     @property
     def disk(self) -> Path:
@@ -65,8 +72,14 @@ class Template:
 
 
 class Templates:
-    def __init__(self, cache_dir: Path, driver: Driver, guest: GuestBase, boot_timeout_s: float) -> None:
-        self._folder = cache_dir / "templates"
+    """Those of the default image lie in the cache, for all servers; those of a snapshot beside it, and go with it."""
+
+    def __init__(
+        self, cache_dir: Path, state_dir: Path, driver: Driver, guest: GuestBase, boot_timeout_s: float
+    ) -> None:
+        self._shared = cache_dir / "templates"
+        self.own = state_dir / "templates"
+        self._layers = Layers(state_dir)
         self._driver = driver
         self._guest = guest
         self._boot_timeout_s = boot_timeout_s
@@ -86,21 +99,65 @@ class Templates:
             if (known := self._verified.get(key)) is not None:
                 return known, False
             template = self._describe(key, image, vcpus, memory_mib)
-            async with _locked(self._folder / f"{key}.lock"):
+            async with _locked(template.folder.with_name(f"{key}.lock")):
                 cold = not await self._usable(template)
                 if cold:
                     await self._build(template, image)
             self._verified[key] = template
             return template, cold
 
+    async def by_key(self, key: str) -> Template:
+        """One that was made before, by whatever version of us. Raises CorruptTemplate: it is gone, or not what it was."""
+        if (known := self._verified.get(key)) is not None:
+            return known
+        for folder in (self._shared / key, self.own / key):
+            if not folder.is_dir():
+                continue
+            try:
+                await anyio.to_thread.run_sync(verify, folder)
+                told = json.loads((folder / DESCRIPTION).read_text())
+                paths = (Path(told[name]) for name in ("kernel", "initrd", "system"))
+                spec = MachineSpec(*paths, told["vcpus"], told["memory_mib"])
+                saved = Saved(spec, folder / "memory", folder / "state")
+                self._verified[key] = Template(key, folder, saved, told["env"], told["image"], told["guest"])
+            except (OSError, ValueError, KeyError, TypeError) as exc:
+                raise CorruptTemplate(f"template {key} can't be read: {exc}") from exc
+            return self._verified[key]
+        raise CorruptTemplate(f"template {key} is not on this host any more")
+
+    def forget(self, image: str) -> list[str]:
+        """The image is gone: nothing new starts from its templates. Their keys; their files go with the next `sweep`."""
+        keys = [key for key, template in self._verified.items() if template.image == image]
+        for key in keys:
+            del self._verified[key]
+        return keys
+
+    def sweep(self, images: frozenset[str]) -> None:
+        """Remove the templates of snapshots that are not there any more and that no machine and no snapshot stands on."""
+        for folder in self.own.iterdir() if self.own.is_dir() else ():
+            if folder.suffix == ".lock" or folder.name.startswith("."):
+                continue
+            try:
+                description = folder / DESCRIPTION
+                if description.stat().st_nlink > 1 or json.loads(description.read_text())["image"] in images:
+                    continue
+            except (OSError, ValueError, KeyError):
+                pass  # of no use to anybody
+            self._verified.pop(folder.name, None)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
+        if image.owner is not None:
+            parts.append(image.name)
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
     def _describe(self, key: str, image: Image, vcpus: int, memory_mib: int) -> Template:
-        folder = self._folder / key
+        folder = (self._shared if image.owner is None else self.own) / key
         spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
-        return Template(key, folder, Saved(spec, folder / "memory", folder / "state"), dict(image.env))
+        saved = Saved(spec, folder / "memory", folder / "state")
+        return Template(key, folder, saved, dict(image.env), image.name, self._guest.digest)
 
     async def _usable(self, template: Template) -> bool:
         """Whether it is there and whole. One that is there but altered is moved aside, so that it is made again."""
@@ -116,7 +173,9 @@ class Templates:
     async def _build(self, template: Template, image: Image) -> None:
         with _building(template.folder) as folder:
             disk, memory = folder / "disk.qcow2", folder / "memory"
-            await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", "raw", disk)
+            await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
+            if image.owner is not None:
+                await anyio.to_thread.run_sync(self._layers.share, image.owner, folder)
             await self._boot(template, image, disk, memory, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
@@ -155,9 +214,9 @@ class Templates:
 def verify(folder: Path) -> None:
     """Raises FileNotFoundError (not there) or CorruptTemplate (there, but not what was saved)."""
     try:
-        recorded = json.loads((folder / "template.json").read_text())["sha256"]
-        for name, digest in recorded.items():
-            if _digest(folder / name) != digest:
+        recorded = json.loads((folder / DESCRIPTION).read_text())["sha256"]
+        for name, known in recorded.items():
+            if digest(folder / name) != known:
                 raise CorruptTemplate(f"template {folder.name}: {name} is not what was saved")
     except FileNotFoundError:
         if folder.exists():
@@ -177,38 +236,16 @@ def _seal(folder: Path, template: Template) -> None:
     description = {
         "vcpus": spec.vcpus,
         "memory_mib": spec.memory_mib,
+        "kernel": str(spec.kernel),
+        "initrd": str(spec.initrd),
+        "system": str(spec.system),
+        "env": template.env,
+        "image": template.image,
+        "guest": template.guest,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "sha256": {name: _digest(folder / name) for name in names},
+        "sha256": {name: digest(folder / name) for name in names},
     }
-    (folder / "template.json").write_text(json.dumps(description, indent=1))
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 over the places and bytes of all that is written in a sparse file, and over its size."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(b"%d" % size)
-        for start, end in _extents(file.fileno(), size):
-            digest.update(b"@%d" % start)
-            file.seek(start)
-            left = end - start
-            while left:
-                data = file.read(min(1 << 20, left))
-                digest.update(data)
-                left -= len(data)
-    return digest.hexdigest()
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 async def _qemu_img(*arguments: str | Path) -> None:
