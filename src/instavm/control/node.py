@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
+from instavm.errors import InstaVMError
 from instavm.sandbox import (
     Command,
     Ended,
@@ -12,8 +13,11 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
 )
 
@@ -59,6 +63,40 @@ class Node(Protocol):
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
         """Variables for everything that starts in this sandbox from now on. Raises: as `put_file`."""
+        ...
+
+    async def suspend(self, vm_id: str) -> Stored:
+        """Put a sandbox to rest under its own id, memory and disk, and end it. When it raises, it runs as before.
+
+        Raises: SessionEnded, DiskFull, BootFailed, OutcomeUnknown (it was lost).
+        """
+        ...
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        """Start sandboxes that go on from where this one is, which goes on too; only ids and `env` of `specs` count.
+
+        Returns, in order: each as it came up, or why it did not. Raises: as `suspend`; then there is none.
+        """
+        ...
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        """The disk of a sandbox, which goes on, as an image of its own. Raises: as `suspend`; SnapshotError."""
+        ...
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        """An OCI image as the disk snapshot `name`. Nothing of it is run. Raises: SnapshotError, DiskFull, HostNotReady."""
+        ...
+
+    async def stored(self) -> Mapping[str, Stored]:
+        """Everything at rest here, by the names that were given."""
+        ...
+
+    async def forget(self, name: str) -> None:
+        """Remove what is at rest under that name. Sandboxes that run are not touched. Unknown is fine."""
+        ...
+
+    async def unused(self) -> Sequence[str]:
+        """What takes disk and is nobody's any more: it is removed when something is forgotten, and at start."""
         ...
 
     async def adopted(self) -> Mapping[str, Started]:

@@ -8,7 +8,6 @@ and a layer with no other link is nobody's.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import struct
 from pathlib import Path
@@ -29,20 +28,17 @@ class Layers:
     def path(self, layer: str) -> Path:
         return self.folder / layer
 
-    def keep(self, file: Path, owner: Path) -> str:
-        """Make a layer of a disk that is at rest; `owner`'s, and `file` is gone. Returns: its name. Raises OSError."""
-        layer = secrets.token_hex(12) + file.suffix
+    def link(self, file: Path, layer: str, owner: Path) -> None:
+        """Give a disk the name by which overlays on it know it; `owner` stands on it from now on. Raises OSError."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (owner / LINKS).mkdir(mode=0o700, exist_ok=True)
-        file.chmod(0o400)
         os.link(file, owner / LINKS / layer)
-        os.rename(file, self.path(layer))
-        return layer
+        os.link(file, self.path(layer))
 
-    def share(self, owner: Path, other: Path, but: frozenset[str] = frozenset()) -> None:
+    def share(self, owner: Path, other: Path) -> None:
         """Everything that `owner` stands on, `other` stands on too. Raises OSError."""
         (other / LINKS).mkdir(mode=0o700, exist_ok=True)
-        for layer in held(owner) - but:
+        for layer in held(owner):
             os.link(self.path(layer), other / LINKS / layer)
 
     def sweep(self) -> list[str]:
@@ -63,7 +59,7 @@ class Layers:
 def held(owner: Path) -> frozenset[str]:
     """The layers that a machine, a snapshot or a template stands on."""
     folder = owner / LINKS
-    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+    return frozenset(link.name for link in folder.iterdir()) if folder.is_dir() else frozenset()
 
 
 def overlay(blank: Path, backing: Path, target: Path) -> None:

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -285,7 +284,10 @@ class Machines:
             machine = await self._driver.prepare(saved, home / "disk.qcow2", home, background=background)
             try:
                 agent = Agent(await machine.dial())
-                listen = partial(self._lines.start_soon, agent.run)
+
+                def listen() -> None:
+                    self._lines.start_soon(agent.run)
+
                 if stage != "saved_machine":
                     listen()
                 return Prepared(home, machine, agent, template.key, listen, stage)

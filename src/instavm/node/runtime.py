@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 import anyio
@@ -14,6 +14,8 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from instavm.errors import (
     BootFailed,
+    CorruptSnapshot,
+    CorruptTemplate,
     GuestProtocolError,
     HostNotReady,
     InstaVMError,
@@ -22,9 +24,13 @@ from instavm.errors import (
     SessionEnded,
 )
 from instavm.node import doctor, files, identity, inventory
+from instavm.node.images import rootfs
 from instavm.node.images.store import Image, ImageStore
+from instavm.node.layers import DEEP, Layers, held
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
-from instavm.node.templates import Templates
+from instavm.node.saving import Copy, Saving
+from instavm.node.snapshots import Snapshots
+from instavm.node.templates import Template, Templates
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
@@ -37,6 +43,7 @@ from instavm.sandbox import (
     OutputSink,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
 )
 from instavm.settings import Settings
@@ -67,6 +74,9 @@ class Sandbox:
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
+        self.at_rest = False
+        self.saving = anyio.Lock()
+        """Held while its disk or its memory is being saved: one at a time."""
 
     def lost(self, why: str) -> None:
         """It can't go on; the reason is kept for who asks."""
@@ -83,6 +93,7 @@ class Runtime:
         images: ImageStore,
         templates: Templates,
         machines: Machines,
+        layers: Layers,
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
@@ -91,6 +102,9 @@ class Runtime:
         self._images = images
         self._templates = templates
         self._machines = machines
+        self._layers = layers
+        self._snapshots = Snapshots(settings.state_dir, layers)
+        self._saving = Saving(driver, layers, self._snapshots)
         self._tasks = tasks
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
@@ -110,7 +124,7 @@ class Runtime:
             driver, probe = await choose(settings)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
-            templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
+            templates = Templates(settings.cache_dir, settings.state_dir, driver, guest, settings.boot_timeout_s)
             machines = Machines(
                 settings.state_dir,
                 driver,
@@ -119,9 +133,12 @@ class Runtime:
                 warm_memory_mib=settings.warm_memory_mib,
             )
             async with machines.open(), anyio.create_task_group() as tasks:
-                runtime = cls(settings, driver, probe, images, templates, machines, tasks)
+                layers = Layers(settings.state_dir)
+                runtime = cls(settings, driver, probe, images, templates, machines, layers, tasks)
                 try:
                     await runtime._adopt()
+                    await anyio.to_thread.run_sync(runtime._snapshots.sweep)
+                    await runtime._sweep()
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -133,8 +150,90 @@ class Runtime:
         total = doctor.host_memory_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
-        started: Started = await self._tasks.start(self._life, spec, name=f"sandbox {spec.vm_id}")
+        started: Started = await self._tasks.start(self._life, spec, None, name=f"sandbox {spec.vm_id}")
         return started
+
+    async def suspend(self, vm_id: str) -> Stored:
+        sandbox = self._usable(vm_id)
+        async with sandbox.saving:
+            began = time.perf_counter()
+            with _told(sandbox):
+                await self._saving.suspend(vm_id, sandbox.prepared, await self._template_of(sandbox))
+            pause_ms = (time.perf_counter() - began) * 1000
+            sandbox.at_rest = True
+            await self.stop(vm_id)
+        return await self._stored(vm_id, pause_ms)
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        sandbox = self._usable(vm_id)
+        children: dict[str, Started | InstaVMError] = {}
+
+        async def child(spec: SandboxSpec, copy: Copy) -> None:
+            try:
+                children[spec.vm_id] = await self._tasks.start(self._life, spec, copy, name=f"sandbox {spec.vm_id}")
+            except InstaVMError as exc:
+                children[spec.vm_id] = exc
+
+        template = await self._template_of(sandbox)
+        async with (
+            sandbox.saving,
+            self._saving.copied(sandbox.prepared, template) as copy,
+            anyio.create_task_group() as tasks,
+        ):
+            for spec in specs:
+                tasks.start_soon(child, spec, copy)
+        self._keep_flat(sandbox)
+        return [children[spec.vm_id] for spec in specs]
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        sandbox = self._usable(vm_id)
+        async with sandbox.saving:
+            with _told(sandbox):
+                pause_ms = await self._saving.snapshot(name, sandbox.prepared, await self._template_of(sandbox))
+        self._keep_flat(sandbox)
+        return await self._stored(name, pause_ms)
+
+    async def stored(self) -> Mapping[str, Stored]:
+        names = await anyio.to_thread.run_sync(self._snapshots.names)
+        return {name: await self._stored(name) for name in names}
+
+    async def forget(self, name: str) -> None:
+        await anyio.to_thread.run_sync(self._snapshots.remove, name)
+        self._found.pop(name, None)
+        for key in self._templates.forget(name):
+            await self._machines.drop(key)
+        await self._sweep()
+
+    async def unused(self) -> Sequence[str]:
+        return await anyio.to_thread.run_sync(self._layers.unheld)
+
+    async def _stored(self, name: str, pause_ms: float = 0.0) -> Stored:
+        return await anyio.to_thread.run_sync(self._saving.stored, name, pause_ms)
+
+    async def _sweep(self) -> None:
+        images = frozenset(await anyio.to_thread.run_sync(self._snapshots.names))
+        await anyio.to_thread.run_sync(self._templates.sweep, images)
+        await anyio.to_thread.run_sync(self._layers.sweep)
+
+    async def _template_of(self, sandbox: Sandbox) -> Template:
+        return await self._templates.by_key(sandbox.prepared.template)
+
+    def _keep_flat(self, sandbox: Sandbox) -> None:
+        """Have the layers of a disk merged, once there are many."""
+        if len(held(sandbox.prepared.home)) > DEEP:
+            self._tasks.start_soon(self._flatten, sandbox, name=f"merging {sandbox.vm_id}")
+
+    async def _flatten(self, sandbox: Sandbox) -> None:
+        template = await self._template_of(sandbox)
+        async with sandbox.saving:
+            if sandbox.stop.is_set() or len(held(sandbox.prepared.home)) <= DEEP:
+                return
+            try:
+                await self._saving.merge(sandbox.prepared, template)
+            except InstaVMError as exc:  # the edge of this task: it goes on with the layers that it has
+                log.warning("the layers of %s could not be merged: %s", sandbox.vm_id, exc)
+                return
+        await anyio.to_thread.run_sync(self._layers.sweep)
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
         sandbox = self._usable(vm_id)
@@ -192,13 +291,10 @@ class Runtime:
             images={} if image is None else {"default": image.digest},
         )
 
-    async def _life(self, spec: SandboxSpec, *, task_status: TaskStatus[Started]) -> None:
+    async def _life(self, spec: SandboxSpec, copy: Copy | None, *, task_status: TaskStatus[Started]) -> None:
         """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
         steps = Steps()
-        template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
-        steps.mark("template")
-        prepared = await self._machines.take(template)
-        steps.mark(prepared.stage)
+        prepared, cold = await self._machine(spec, copy, steps)
         try:
             with self._boot_errors(spec):
                 await prepared.run()
@@ -207,11 +303,36 @@ class Runtime:
                     await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
             steps.mark("identity")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-            prepared.record(Record(spec.vm_id, cold, steps.ms))
+            prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template))
         except BaseException:
             await prepared.aclose()
             raise
-        await self._live_out(Sandbox(spec.vm_id, prepared), started, task_status=task_status)
+        sandbox = Sandbox(spec.vm_id, prepared)
+        self._keep_flat(sandbox)
+        await self._live_out(sandbox, started, task_status=task_status)
+
+    async def _machine(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Prepared, bool]:
+        """A machine for it: of its template, or one that goes on where another sandbox was. And whether that took a boot."""
+        if copy is None and spec.resumes is None:
+            template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
+            steps.mark("template")
+            prepared = await self._machines.take(template)
+            steps.mark(prepared.stage)
+            return prepared, cold
+        if copy is None:
+            assert spec.resumes is not None
+            about = await anyio.to_thread.run_sync(self._snapshots.read, spec.resumes)
+            try:
+                template = await self._templates.by_key(about.template)
+            except CorruptTemplate as exc:
+                raise CorruptSnapshot(f"{spec.resumes} can't be resumed: {exc}") from exc
+            copy = await self._saving.find(spec.resumes, template)
+            steps.mark("checks")
+        else:
+            template = await self._templates.by_key(copy.template)
+        prepared = await self._machines.restore(template, copy.saved, copy.disk, copy.owner)
+        steps.mark(prepared.stage)
+        return prepared, False
 
     async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
         """From being ready to being gone."""
@@ -220,7 +341,7 @@ class Runtime:
             task_status.started(started)
             await self._until_end(sandbox)
         finally:
-            if self._leaving and sandbox.why is None:
+            if self._leaving and sandbox.why is None and not sandbox.at_rest:
                 await sandbox.prepared.detach()
             else:
                 await sandbox.prepared.aclose()
@@ -243,7 +364,8 @@ class Runtime:
     async def _adopt_one(self, name: str, pid: int, record: Record) -> None:
         home = self._machines.folder / name
         try:
-            prepared = await self._machines.adopt(pid, home)
+            prepared = await self._machines.adopt(pid, home, record.template)
+            await prepared.machine.resume()  # the last server may have been killed while it saved this one
         except (InstaVMError, TimeoutError, OSError) as exc:
             log.warning("%s could not be adopted: %s", record.vm_id, exc)
             await anyio.to_thread.run_sync(remove_home, home)
@@ -266,11 +388,14 @@ class Runtime:
     async def _image(self, name: str) -> Image:
         if (known := self._found.get(name)) is not None:
             return known
-        image = await anyio.to_thread.run_sync(self._images.find, name)
-        if image is None:
+        if name != rootfs.DEFAULT:
+            self._found[name] = image = await anyio.to_thread.run_sync(self._snapshots.image, name)
+            return image
+        found = await anyio.to_thread.run_sync(self._images.find, name)
+        if found is None:
             raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
-        self._found[name] = image
-        return image
+        self._found[name] = found
+        return found
 
     @contextmanager
     def _boot_errors(self, spec: SandboxSpec) -> Iterator[None]:

@@ -30,7 +30,7 @@ from instavm.node.sparse import digest
 from instavm.node.vmm.base import Driver, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 4
+VERSION = 5
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -56,6 +56,7 @@ class Template:
     folder: Path
     saved: Saved
     env: dict[str, str]
+    workdir: str
     image: str
     """Name of the image that was booted."""
     guest: str
@@ -116,10 +117,12 @@ class Templates:
             try:
                 await anyio.to_thread.run_sync(verify, folder)
                 told = json.loads((folder / DESCRIPTION).read_text())
-                paths = (Path(told[name]) for name in ("kernel", "initrd", "system"))
-                spec = MachineSpec(*paths, told["vcpus"], told["memory_mib"])
+                kernel, initrd, system = (Path(told[name]) for name in ("kernel", "initrd", "system"))
+                spec = MachineSpec(kernel, initrd, system, told["vcpus"], told["memory_mib"])
                 saved = Saved(spec, folder / "memory", folder / "state")
-                self._verified[key] = Template(key, folder, saved, told["env"], told["image"], told["guest"])
+                self._verified[key] = Template(
+                    key, folder, saved, told["env"], told["workdir"], told["image"], told["guest"]
+                )
             except (OSError, ValueError, KeyError, TypeError) as exc:
                 raise CorruptTemplate(f"template {key} can't be read: {exc}") from exc
             return self._verified[key]
@@ -157,7 +160,7 @@ class Templates:
         folder = (self._shared if image.owner is None else self.own) / key
         spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
         saved = Saved(spec, folder / "memory", folder / "state")
-        return Template(key, folder, saved, dict(image.env), image.name, self._guest.digest)
+        return Template(key, folder, saved, dict(image.env), image.workdir, image.name, self._guest.digest)
 
     async def _usable(self, template: Template) -> bool:
         """Whether it is there and whole. One that is there but altered is moved aside, so that it is made again."""
@@ -190,7 +193,7 @@ class Templates:
             try:
                 async with connected(await machine.dial()) as agent:
                     await agent.hello(self._boot_timeout_s)
-                    await agent.configure(template.env, image.workdir)
+                    await agent.configure(template.env, template.workdir)
                     for command in WARM_UP:
                         await agent.execute(command)
                     await agent.identify(identity.fresh(NOBODY, {}))
@@ -240,6 +243,7 @@ def _seal(folder: Path, template: Template) -> None:
         "initrd": str(spec.initrd),
         "system": str(spec.system),
         "env": template.env,
+        "workdir": template.workdir,
         "image": template.image,
         "guest": template.guest,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

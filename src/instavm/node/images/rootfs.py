@@ -189,5 +189,5 @@ def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
 
 def _at(folder: Path) -> Image:
     known = json.loads((folder / DESCRIPTION).read_text())
-    sizes = {name: int(known[name]) for name in ("size_bytes", "used_bytes")}
-    return Image(known["name"], known["digest"], folder / ROOTFS, known["env"], known["workdir"], **sizes)
+    size, used = int(known["size_bytes"]), int(known["used_bytes"])
+    return Image(known["name"], known["digest"], folder / ROOTFS, known["env"], known["workdir"], size, used)

@@ -100,7 +100,9 @@ def read_index(fd: int, memory_bytes: int) -> list[tuple[int, int, bool]]:
     magic, saved_bytes, index_at, count = HEADER.unpack(head)
     if magic != MAGIC or saved_bytes != memory_bytes or index_at + count * RUN.size != size:
         raise CorruptSnapshot("the saved memory is not that of such a machine")
-    runs = [(first, pages, bool(holds)) for first, pages, holds in RUN.iter_unpack(os.pread(fd, size - index_at, index_at))]
+    runs = [
+        (first, pages, bool(holds)) for first, pages, holds in RUN.iter_unpack(os.pread(fd, size - index_at, index_at))
+    ]
     held = sum(pages for _, pages, holds in runs if holds) * PAGE
     if held != index_at - HEADER.size or any((first + pages) * PAGE > memory_bytes for first, pages, _ in runs):
         raise CorruptSnapshot("the saved memory does not fit its own index")

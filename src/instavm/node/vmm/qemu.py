@@ -167,7 +167,7 @@ class QemuMachine:
             await anyio.to_thread.run_sync(pages.save, self.pid, memory, into)
 
     async def new_layer(self, layer: Path) -> None:
-        how = {"device": "root", "snapshot-file": str(layer), "format": "qcow2", "mode": "existing"}
+        how: dict[str, object] = {"device": "root", "snapshot-file": str(layer), "format": "qcow2", "mode": "existing"}
         await self._execute("blockdev-snapshot-sync", how)
 
     async def merge_layers(self, base: Path) -> None:
