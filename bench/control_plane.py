@@ -13,13 +13,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import report
 from instavm import InstaVM
+from instavm.errors import InstaVMError
 from instavm.sandbox import (
     Command,
     Ended,
@@ -27,8 +28,11 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
     Tier,
 )
@@ -52,6 +56,26 @@ class NullNode:
         yield b"42"
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None: ...
+
+    async def suspend(self, vm_id: str) -> Stored:
+        return Stored(vm_id, 0, 0)
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        return [await self.start(spec) for spec in specs]
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        return Stored(name, 0, 0)
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        return Pulled(Stored(name, 0, 0), "sha256:0", {}, {})
+
+    async def stored(self) -> Mapping[str, Stored]:
+        return {}
+
+    async def forget(self, name: str) -> None: ...
+
+    async def unused(self) -> Sequence[str]:
+        return []
 
     async def adopted(self) -> Mapping[str, Started]:
         return {}

@@ -27,8 +27,8 @@ class EndReason(StrEnum):
     CRASHED = "crashed"
     NODE_LOST = "node_lost"
     SERVER_STOPPED = "server_stopped"
-    SUSPENDED = "suspended"
-    """It is at rest and goes on under another id."""
+    RESUMED = "resumed"
+    """It was at rest, and goes on under another id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI
 
 from instavm.control.accounts import KeyedAccounts, LocalAccounts
-from instavm.control.api import errors, executions, files, health, keys, sessions, streams, tasks, users, vms
+from instavm.control.api import errors, executions, files, health, keys, sessions, snapshots, streams, tasks, users, vms
 from instavm.control.api.edge import Edge
 from instavm.control.control import Control, open_control
 from instavm.control.node import Node
@@ -52,7 +52,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         docs_url="/docs",
         redoc_url=None,
     )
-    for part in (health, users, keys, sessions, vms, executions, streams, tasks, files):
+    for part in (health, users, keys, sessions, vms, executions, streams, tasks, files, snapshots):
         app.include_router(part.router)
     return app
 

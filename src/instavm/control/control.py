@@ -16,6 +16,7 @@ from instavm.control.node import Node
 from instavm.control.quotas import Policy, Quotas
 from instavm.control.repeats import Repeats
 from instavm.control.sessions import Sessions
+from instavm.control.snapshots import Snapshots
 from instavm.control.store.database import Store
 from instavm.control.streams import Streams
 from instavm.control.tasks import Tasks
@@ -35,6 +36,7 @@ class Control:
     tasks: Tasks
     files: Files
     repeats: Repeats
+    snapshots: Snapshots
 
     async def stop(self) -> None:
         """End every sandbox, take no new one, and return when nothing is left. Twice is fine."""
@@ -56,7 +58,8 @@ async def open_control(
     """
     async with anyio.create_task_group() as tasks:
         vms = Vms(node, store.sessions, tasks)
-        sessions = Sessions(store, vms, Quotas(policy or Policy(), vms, node.memory))
+        quotas = Quotas(policy or Policy(), vms, node.memory)
+        sessions = Sessions(store, vms, quotas, node)
         executions = Executions(node, sessions)
         control = Control(
             node=node,
@@ -69,8 +72,10 @@ async def open_control(
             tasks=Tasks(store, sessions, executions, tasks),
             files=Files(node, sessions),
             repeats=Repeats(store.repeats),
+            snapshots=Snapshots(node, store, sessions, quotas, tasks),
         )
         await reconcile(node, store, sessions)
+        await control.snapshots.give_up()
         await control.tasks.take_up()
         try:
             yield control

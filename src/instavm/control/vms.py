@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -19,13 +19,25 @@ from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, HostNotReady, InstaVMError
-from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
+from instavm.errors import BootFailed, HostNotReady, InstaVMError, OutcomeUnknown, SessionEnded
+from instavm.sandbox import Ended, EndReason, SandboxSpec, Started, Stored
 
 log = logging.getLogger(__name__)
 
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
+
+
+Birth = Callable[[SandboxSpec], Awaitable[Started]]
+
+
+@dataclass(slots=True, eq=False)
+class Rest:
+    """One attempt to put a sandbox to rest. `over`: it is at rest, or `error` says why it goes on."""
+
+    over: anyio.Event = field(default_factory=anyio.Event)
+    error: InstaVMError | None = None
+    stored: Stored | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +58,14 @@ class Vm:
     up_until: float | None = None
     error: InstaVMError | None = None
     """Why the boot failed."""
+    resumes: VmRow | None = None
+    """The sandbox at rest that it goes on from."""
+    birth: Birth | None = None
+    """How it comes up, if it is not simply started."""
+    auto_suspend: bool = False
+    """What the end of its lifetime means: rest."""
+    rest: Rest | None = None
+    """It is being put to rest, or is."""
     settled: anyio.Event = field(default_factory=anyio.Event)
     gone: anyio.Event = field(default_factory=anyio.Event)
     python: anyio.Lock = field(default_factory=anyio.Lock)
@@ -60,6 +80,7 @@ class Vm:
     asked: anyio.Event = field(default_factory=anyio.Event)
     asked_why: EndReason | None = None
     asked_detail: str | None = None
+    asked_rest: bool = False
 
     @property
     def id(self) -> str:
@@ -69,6 +90,17 @@ class Vm:
     def usable(self) -> bool:
         """True while commands may be sent to it, now or soon: it is not ending, and nobody asked it to."""
         return self.lifecycle.why is None and self.asked_why is None
+
+    @property
+    def at_rest(self) -> bool:
+        return self.lifecycle.state is State.SUSPENDED
+
+    def ask_rest(self) -> Rest:
+        """Have it put to rest. Several who ask wait for the same."""
+        if self.rest is None:
+            self.rest, self.asked_rest = Rest(), True
+            self.asked.set()
+        return self.rest
 
     def ask_end(self, why: EndReason, detail: str | None = None) -> None:
         """Have it ended. The first one to ask gives the reason."""
@@ -102,6 +134,42 @@ class Vm:
             ended_at=self.ended_at,
             start=self.started,
         )
+
+
+class Copies:
+    """Several copies of one sandbox, made together; each of them waits here for its own."""
+
+    def __init__(self, node: Node, parent_id: str) -> None:
+        self._node = node
+        self._parent_id = parent_id
+        self._waiting: set[str] = set()
+        self._made: dict[str, Started | InstaVMError] = {}
+        self._over = anyio.Event()
+
+    async def born(self, spec: SandboxSpec) -> Started:
+        self._waiting.add(spec.vm_id)
+        try:
+            await self._over.wait()
+        finally:
+            self._waiting.discard(spec.vm_id)
+        made = self._made[spec.vm_id]
+        if isinstance(made, InstaVMError):
+            raise made
+        return made
+
+    async def make(self, specs: Sequence[SandboxSpec]) -> None:
+        try:
+            made = await self._node.fork(self._parent_id, specs)
+        except InstaVMError as exc:
+            made = [exc] * len(specs)
+        except Exception:
+            log.exception("copying %s failed in a way that the node does not know", self._parent_id)
+            made = [BootFailed(f"{self._parent_id} could not be copied: internal error")] * len(specs)
+        self._made = {spec.vm_id: one for spec, one in zip(specs, made, strict=True)}
+        for vm_id, one in self._made.items():
+            if vm_id not in self._waiting and isinstance(one, Started):
+                await self._node.stop(vm_id)  # nobody wants it any more
+        self._over.set()
 
 
 class Vms:
@@ -138,6 +206,7 @@ class Vms:
         """Take over a sandbox that an earlier server started. Across servers only the wall clock goes on."""
         spec = SandboxSpec(row.id, session.vcpus, session.memory_mib, session.image)
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, row.created_at)
+        vm.auto_suspend = bool(session.options.get("auto_suspend"))
         vm.started, vm.started_at = started, row.started_at or row.created_at
         vm.up_since = time.monotonic() - max(0.0, (datetime.now(UTC) - vm.started_at).total_seconds())
         vm.start_told = True
@@ -145,21 +214,38 @@ class Vms:
         if row.state is State.CREATING:  # the last server was killed before it could write that it is up
             self._move(vm, State.ACTIVE)
         else:
-            vm.lifecycle = Lifecycle(State.ACTIVE)
+            vm.lifecycle = Lifecycle(row.state)
+            if row.state is State.SUSPENDING:
+                self._move(vm, State.ACTIVE)
         vm.settled.set()
         self._tasks.start_soon(self._life, vm, name=vm.id)
         return vm
 
-    def spawn(self, session: SessionRow, env: Mapping[str, str]) -> Vm:
-        """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops."""
+    def spawn(
+        self, session: SessionRow, env: Mapping[str, str], *, resumes: VmRow | None = None, birth: Birth | None = None
+    ) -> Vm:
+        """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops.
+
+        resumes: it goes on from that one, which is at rest. birth: how it comes up instead of being started.
+        """
         if self._stopping:
             raise HostNotReady("the server is stopping; start it again and repeat the call")
-        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
+        saved = None if resumes is None else resumes.id
+        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env, saved)
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC))
+        vm.resumes, vm.birth = resumes, birth
+        vm.auto_suspend = bool(session.options.get("auto_suspend"))
         self._live[vm.id] = vm
         self._rows.add_vm(vm.row())
         self._tasks.start_soon(self._life, vm, name=vm.id)
         return vm
+
+    def fork(self, parent: Vm, sessions: Sequence[tuple[SessionRow, Mapping[str, str]]]) -> list[Vm]:
+        """Begin to copy a sandbox that is up, once for each session, and return at once. Raises: as `spawn`."""
+        copies = Copies(self._node, parent.id)
+        children = [self.spawn(session, env, birth=copies.born) for session, env in sessions]
+        self._tasks.start_soon(copies.make, [child.spec for child in children], name=f"copies of {parent.id}")
+        return children
 
     async def end_all(self, why: EndReason) -> None:
         """End every sandbox, accept no new one, and wait until nothing is left."""
@@ -173,7 +259,7 @@ class Vms:
         """Let go of every sandbox that is up, for the next server to adopt; end those that are coming up or going down."""
         self._stopping = self._leaving = True
         for vm in list(self._live.values()):
-            if vm.lifecycle.state is State.ACTIVE and vm.usable:
+            if vm.lifecycle.state is State.ACTIVE and vm.usable and vm.rest is None:
                 vm.life.cancel()
             else:
                 vm.ask_end(EndReason.SERVER_STOPPED)
@@ -189,21 +275,64 @@ class Vms:
         try:
             with vm.life:
                 if vm.started is not None or await self._boot(vm):
-                    with anyio.move_on_after(vm.remaining_s()):
-                        await vm.asked.wait()
-                    vm.ask_end(EndReason.LIFETIME)
-                self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
+                    if vm.resumes is not None:
+                        await self._replace(vm, vm.resumes)
+                    while vm.asked_why is None and vm.lifecycle.state is State.ACTIVE:
+                        await self._until_asked(vm)
+                if vm.lifecycle.state is State.SUSPENDED and vm.asked_why is EndReason.KILLED:
+                    await self._node.forget(vm.id)
+                if vm.lifecycle.state is not State.SUSPENDED or vm.asked_why is EndReason.KILLED:
+                    self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
         except Exception:
             log.exception("the task of %s failed", vm.id)
         finally:
             with anyio.CancelScope(shield=True):
-                if vm.life.cancelled_caught and self._leaving:
+                if vm.lifecycle.state is State.SUSPENDED or (vm.life.cancelled_caught and self._leaving):
                     self._let_go(vm)
                 else:
                     await self._remove(vm)
 
+    async def _until_asked(self, vm: Vm) -> None:
+        """Until somebody asks for its end or its rest, or its lifetime does. Put to rest it may be when this returns."""
+        with anyio.move_on_after(vm.remaining_s()) as lifetime:
+            await vm.asked.wait()
+        if lifetime.cancelled_caught and vm.auto_suspend and vm.rest is None:
+            vm.ask_rest()
+        if vm.asked_why is None and vm.rest is not None:
+            await self._put_to_rest(vm, vm.rest)
+        if lifetime.cancelled_caught and vm.lifecycle.state is State.ACTIVE:
+            vm.ask_end(EndReason.LIFETIME)
+
+    async def _put_to_rest(self, vm: Vm, rest: Rest) -> None:
+        self._move(vm, State.SUSPENDING)
+        try:
+            rest.stored = await self._node.suspend(vm.id)
+        except (SessionEnded, OutcomeUnknown) as exc:
+            rest.error = exc
+            vm.ask_end(EndReason.CRASHED, str(exc))
+        except InstaVMError as exc:
+            rest.error = exc
+        except Exception:
+            log.exception("putting %s to rest failed in a way that the node does not know", vm.id)
+            rest.error = BootFailed(f"{vm.id} could not be put to rest: internal error")
+        vm.rest, vm.asked_rest = None, False
+        if rest.error is None:
+            vm.up_until = time.monotonic()
+            self._move(vm, State.SUSPENDED)
+        else:
+            log.warning("%s could not be put to rest: %s", vm.id, rest.error)
+            if vm.asked_why is None:
+                vm.asked = anyio.Event()
+                self._move(vm, State.ACTIVE)
+        rest.over.set()
+
+    async def _replace(self, vm: Vm, was: VmRow) -> None:
+        """It goes on from one that was at rest: that one is over, and what was stored of it goes."""
+        self._rows.lose_vm(was, EndReason.RESUMED, f"it goes on as {vm.id}")
+        await self._node.forget(was.id)
+
     def _let_go(self, vm: Vm) -> None:
-        """It lives on, without us."""
+        """It lives on, without us; or rests."""
         del self._live[vm.id]
         vm.gone.set()
         for scope in vm.running:
@@ -213,7 +342,7 @@ class Vms:
         """Returns: whether it is active now; if not, somebody asked for its end or the boot itself did."""
         with vm.boot:
             try:
-                vm.started = await self._node.start(vm.spec)
+                vm.started = await (vm.birth or self._node.start)(vm.spec)
             except InstaVMError as exc:
                 vm.error = exc
             except Exception:

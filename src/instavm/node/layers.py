@@ -35,6 +35,15 @@ class Layers:
         os.link(file, owner / LINKS / layer)
         os.link(file, self.path(layer))
 
+    def shared(self, layer: str, owner: Path) -> bool:
+        """Let `owner` stand on a layer that there may be. Returns: whether there is. Raises OSError."""
+        (owner / LINKS).mkdir(mode=0o700, exist_ok=True)
+        try:
+            os.link(self.path(layer), owner / LINKS / layer)
+        except FileNotFoundError:
+            return False
+        return True
+
     def share(self, owner: Path, other: Path) -> None:
         """Everything that `owner` stands on, `other` stands on too. Raises OSError."""
         (other / LINKS).mkdir(mode=0o700, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ from instavm.errors import (
     SessionEnded,
 )
 from instavm.node import doctor, files, identity, inventory
-from instavm.node.images import rootfs
+from instavm.node.images import oci, rootfs
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.layers import DEEP, Layers, held
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
@@ -41,6 +42,8 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
     Stored,
@@ -79,9 +82,10 @@ class Sandbox:
         """Held while its disk or its memory is being saved: one at a time."""
 
     def lost(self, why: str) -> None:
-        """It can't go on; the reason is kept for who asks."""
-        self.why = self.why or why
-        self.stop.set()
+        """It can't go on; the reason is kept for who asks. One that is being ended can't be lost any more."""
+        if not self.stop.is_set():
+            self.why = why
+            self.stop.set()
 
 
 class Runtime:
@@ -110,6 +114,7 @@ class Runtime:
         self._adopted: dict[str, Started] = {}
         self._leaving = False
         self._found: dict[str, Image] = {}
+        self._pulling: dict[str, anyio.Lock] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
 
     @classmethod
@@ -192,6 +197,22 @@ class Runtime:
                 pause_ms = await self._saving.snapshot(name, sandbox.prepared, await self._template_of(sandbox))
         self._keep_flat(sandbox)
         return await self._stored(name, pause_ms)
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        with self._snapshots.making(name) as folder, self._snapshots.making(f"{name}-pull") as work:
+            image = oci.Image(ask, work, progress)
+            fetched = await image.resolve()
+            mark = f"{fetched.digest} {ask.disk_gib} {oci.ARCHITECTURE}"
+            layer = hashlib.sha256(mark.encode()).hexdigest()[:24] + ".raw"
+            async with self._pulling.setdefault(layer, anyio.Lock()):
+                if not await anyio.to_thread.run_sync(self._layers.shared, layer, folder):
+                    await image.write(work / "disk.raw")
+                    await anyio.to_thread.run_sync(self._layers.link, work / "disk.raw", layer, folder)
+                else:
+                    progress("it is on this host already")
+            size = self._layers.path(layer).stat().st_size
+            await self._saving.settle(name, folder, layer, fetched, size)
+        return Pulled(await self._stored(name), fetched.digest, fetched.env, fetched.labels)
 
     async def stored(self) -> Mapping[str, Stored]:
         names = await anyio.to_thread.run_sync(self._snapshots.names)

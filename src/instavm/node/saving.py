@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 
 from instavm.errors import CorruptSnapshot, SnapshotError
+from instavm.node.images.oci import WORKDIR, Fetched
 from instavm.node.layers import LINKS, Layers, held, overlay
 from instavm.node.machines import Prepared
 from instavm.node.snapshots import CHANGES, STATE, Manifest, Snapshots, host_cpu, pin, told_when_full
@@ -144,6 +145,23 @@ class Saving:
         own, shared = self._snapshots.sizes(name)
         return Stored(name, own, shared, pause_ms)
 
+    async def settle(self, name: str, folder: Path, layer: str, fetched: Fetched, size_bytes: int) -> None:
+        """Make what was fetched the snapshot `name`. `layer`, a raw disk, is linked in `folder` already."""
+        about = Manifest(
+            kind="disk",
+            disk=layer,
+            disk_format="raw",
+            size_bytes=size_bytes,
+            env=fetched.env,
+            workdir=WORKDIR,
+            image=fetched.digest,
+            vcpus=0,
+            memory_mib=0,
+            sha256={},
+            labels=fetched.labels,
+        )
+        await anyio.to_thread.run_sync(self._snapshots.seal, folder, name, about)
+
     @asynccontextmanager
     async def _new_layer(self, prepared: Prepared, template: Template) -> AsyncIterator[tuple[str, Path]]:
         """`(the layer that the present disk becomes, an empty overlay on it)`; the block puts it in place or raises."""
@@ -153,7 +171,7 @@ class Saving:
         try:
             yield layer, new
         except BaseException:
-            if not await self._stands_on(prepared, new):
+            if not (prepared.machine.alive and _opened(prepared.machine.pid, new)):
                 new.unlink(missing_ok=True)
                 (prepared.home / LINKS / layer).unlink(missing_ok=True)
                 self._layers.path(layer).unlink(missing_ok=True)
@@ -163,20 +181,16 @@ class Saving:
         await anyio.to_thread.run_sync(old.unlink)
         self._layers.path(layer).chmod(0o400)
 
-    async def _stands_on(self, prepared: Prepared, new: Path) -> bool:
-        with anyio.CancelScope(shield=True):
-            return prepared.machine.alive and await anyio.to_thread.run_sync(_opened, prepared.machine.pid, new)
-
     def _name_layer(self, home: Path, old: Path, template: Template, new: Path) -> str:
+        layer = secrets.token_hex(12) + old.suffix
         with told_when_full(home):
-            layer = secrets.token_hex(12) + old.suffix
             overlay(template.blank, self._layers.path(layer), new)
             try:
                 self._layers.link(old, layer, home)
             except BaseException:
                 new.unlink(missing_ok=True)
                 raise
-            return layer
+        return layer
 
     def _link_disk(self, prepared: Prepared, folder: Path) -> Path:
         """The disk of a machine that stands still becomes a layer of `folder`, beside those that it stands on."""

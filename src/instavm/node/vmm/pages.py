@@ -49,7 +49,10 @@ class Copied:
 
 
 def save(pid: int, memory: Path, into: int) -> Copied:
-    """Write all pages that are the machine's own to the descriptor `into`. Only while it is paused. Raises OSError, BootFailed."""
+    """Write all pages that are the machine's own to the descriptor `into`. Only while it is paused.
+
+    Raises OSError, BootFailed.
+    """
     areas = _areas(pid, memory)
     runs: list[tuple[int, int, bool]] = []
     at = HEADER.size

@@ -248,7 +248,8 @@ class QemuDriver:
 
     def fingerprint(self) -> str:
         kind = self._acceleration
-        return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {KERNEL_ARGUMENTS} {TIER_ARGUMENTS[kind]} {STATE_FORMAT}"
+        kernel = KERNEL_ARGUMENTS + TIER_ARGUMENTS[kind]
+        return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {kernel} {STATE_FORMAT}"
 
     async def boot(self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path) -> QemuMachine:
         return await self._spawn(
