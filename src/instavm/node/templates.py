@@ -109,6 +109,7 @@ class Templates:
 
     async def by_key(self, key: str) -> Template:
         """One that was made before, by whatever version of us. Raises CorruptTemplate: it is gone, or not what it was."""
+        await self._driver.version()
         if (known := self._verified.get(key)) is not None:
             return known
         for folder in (self._shared / key, self.own / key):
