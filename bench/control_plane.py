@@ -69,12 +69,14 @@ class NullNode:
     async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
         return Pulled(Stored(name, 0, 0), "sha256:0", {}, {})
 
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None: ...
+
     async def stored(self) -> Mapping[str, Stored]:
         return {}
 
     async def forget(self, name: str) -> None: ...
 
-    async def unused(self) -> Sequence[str]:
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
         return []
 
     async def adopted(self) -> Mapping[str, Started]:

@@ -240,6 +240,9 @@ class LocalNode:
         (self._root / name / "app").mkdir(parents=True)
         return Pulled(self._stored_at(name), "sha256:" + "0" * 64, ask.env, {"made": "here"})
 
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        assert (self._root / name).is_dir()
+
     async def stored(self) -> Mapping[str, Stored]:
         snapshots = {name: self._stored_at(name) for name in os.listdir(self._root) if name.startswith("snap-")}
         return snapshots | {name: Stored(name, 1 << 20, 0) for name in self.resting}
@@ -252,7 +255,7 @@ class LocalNode:
                 process.kill()
                 await process.wait()
 
-    async def unused(self) -> Sequence[str]:
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
         return []
 
     def _stored_at(self, name: str) -> Stored:

@@ -146,3 +146,23 @@ def test_a_snapshot_of_a_disk_starts_new_sandboxes(servers):
         assert vm.execute("print(x, open('/app/data').read())").stdout == "1 changed\n"
         assert vm.snapshots.list() == []
     assert not list((servers.state / "snapshots").iterdir())
+
+
+def test_a_task_goes_on_after_the_rest_of_its_sandbox(servers):
+    """Also when the server that it was begun on is no more by then."""
+    servers.start()
+    with servers.client() as vm:
+        vm.execute("1")
+        task = vm.execute_async("echo before; for i in 1 2 3 4 5 6; do sleep 1; done; echo after; exit 3", "bash")[
+            "task_id"
+        ]
+        vm.execute("import time; time.sleep(1)")
+        vm.suspend()
+        assert vm.vms.list() == []
+        servers.end(signal.SIGKILL)
+        servers.start()
+        vm.resume()
+        vm.suspend()
+        vm.resume()
+        told = vm.get_task_result(task, poll_interval=0.2, timeout=60)
+        assert (told["stdout"], told["exit_code"], told["status"]) == ("before\nafter\n", 3, "failed")

@@ -1,14 +1,19 @@
 """Put to rest and brought back: every process, variable, open file and byte, ten times over; and what is refused (R13, R14)."""
 
+import contextlib
 import json
 import os
+import shutil
+import subprocess
 import time
+from dataclasses import replace
 
 import anyio
 import pytest
 
-from instavm.errors import CorruptSnapshot, SessionEnded, SnapshotError
+from instavm.errors import CorruptSnapshot, DiskFull, SessionEnded, SnapshotError
 from instavm.node import inventory, saving
+from instavm.node.runtime import Runtime
 from instavm.node.snapshots import CHANGES, DESCRIPTION, STATE
 from instavm.sandbox import Command, SandboxSpec
 
@@ -45,7 +50,7 @@ async def resume(node, start):
         await node.stop(vm_id)
     for name in await node.stored():
         await node.forget(name)
-    assert await node.unused() == []
+    assert await node.clear_up(dry_run=True) == []
     assert not any((node._settings.state_dir / "layers").iterdir()), "layers are left"
 
 
@@ -150,7 +155,7 @@ async def test_from_another_host_or_version_is_refused(node, sandbox, resume, mo
     make = saving.Saving._manifest
 
     def other(self, *how):
-        return saving.replace(make(self, *how), **{which: 99 if which == "protocol" else "another"})
+        return replace(make(self, *how), **{which: 99 if which == "protocol" else "another"})
 
     with monkeypatch.context() as patch:
         patch.setattr(saving.Saving, "_manifest", other)
@@ -162,3 +167,39 @@ async def test_from_another_host_or_version_is_refused(node, sandbox, resume, mo
 async def test_a_name_that_is_not_there(resume):
     with pytest.raises(SnapshotError, match="not on this host"):
         await resume("vm-never")
+
+
+async def test_a_host_disk_that_is_full_leaves_the_sandbox_running(settings, short_folder):
+    """R7: told as what it is, nothing half-made is left, and with space again it works."""
+    state = short_folder / "full"
+    state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "tmpfs", state], check=True)
+    try:
+        own = settings.model_copy(update={"state_dir": state, "spare_machines": 0})
+        async with Runtime.open(own) as node:
+            await node.start(SandboxSpec("vm-full", 2, 512))
+            await python(node, "vm-full", "import os; data = os.urandom(40 << 20); x = 1")
+            filler = state / "filler"
+            with filler.open("wb") as file:
+                file.write(bytes(shutil.disk_usage(state).free - (8 << 20)))
+            forked = [SandboxSpec("vm-fork", 2, 512)]
+            for what in (lambda: node.suspend("vm-full"), lambda: node.fork("vm-full", forked)):
+                with pytest.raises(DiskFull, match="no space left"):
+                    await what()
+                assert await python(node, "vm-full", "x += 1; print(len(data), x > 1)") == f"{40 << 20} True\n"
+                assert await node.stored() == {} and not list((state / "snapshots").iterdir())
+            with filler.open("ab") as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            with pytest.raises(DiskFull):
+                await node.snapshot("vm-full", "snap-full")
+            assert await python(node, "vm-full", "print(x)") == "3\n"
+            filler.unlink()
+            assert await node.clear_up(dry_run=True) == []
+            await node.suspend("vm-full")
+            await node.start(SandboxSpec("vm-again", 2, 512, resumes="vm-full"))
+            assert await python(node, "vm-again", "print(x, len(data))") == f"3 {40 << 20}\n"
+        assert inventory.take(state).processes == frozenset()
+    finally:
+        subprocess.run(["umount", state], check=True)

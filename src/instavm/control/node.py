@@ -87,6 +87,10 @@ class Node(Protocol):
         """An OCI image as the disk snapshot `name`. Nothing of it is run. Raises: SnapshotError, DiskFull, HostNotReady."""
         ...
 
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        """Boot a disk snapshot with these sizes once, so that sandboxes of it start fast. Raises: as `start`."""
+        ...
+
     async def stored(self) -> Mapping[str, Stored]:
         """Everything at rest here, by the names that were given."""
         ...
@@ -95,8 +99,8 @@ class Node(Protocol):
         """Remove what is at rest under that name. Sandboxes that run are not touched. Unknown is fine."""
         ...
 
-    async def unused(self) -> Sequence[str]:
-        """What takes disk and is nobody's any more: it is removed when something is forgotten, and at start."""
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        """Remove what takes disk and is nobody's any more; what that was. Also done when something is forgotten, and at start."""
         ...
 
     async def adopted(self) -> Mapping[str, Started]:

@@ -39,6 +39,8 @@ class Session:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     vm: Vm | None = None
     past: VmRow | None = None
+    awake: anyio.Event = field(default_factory=anyio.Event)
+    """Set when a sandbox at rest is brought back, or killed."""
     tenant: Tenant | None = None
     """Whose it is, as the latest caller was known."""
 
@@ -61,6 +63,11 @@ class Session:
         if self.vm.at_rest:
             return self.vm.row()
         return self.vm.resumes if self.vm.up_since is None and not self.vm.usable else None
+
+    def wake(self) -> None:
+        """Tell those who wait for a sandbox at rest to look again."""
+        self.awake.set()
+        self.awake = anyio.Event()
 
     def count(self, execution_time_s: float, cpu_time_s: float) -> None:
         """Add one execution to the usage."""
@@ -166,6 +173,11 @@ class Sessions:
         """A session whose sandbox was adopted."""
         session = self._known.get(session_id)
         return session if session is not None and session.vm is not None else None
+
+    async def resting(self, session_id: str) -> Session | None:
+        """A session whose sandbox is suspended."""
+        session = self._known.get(session_id) or await self._recall(session_id)
+        return session if session is not None and session.at_rest() is not None else None
 
     def begin(self, session: Session) -> Vm:
         """The session's sandbox, up or coming up; a new one when the last one ended.
@@ -289,6 +301,7 @@ class Sessions:
                 await self._forget(rest.id)
                 self._rows.lose_vm(rest, EndReason.KILLED, "killed while it was suspended")
                 session.vm, session.past = None, replace(rest, state=State.ENDED, why=EndReason.KILLED)
+            session.wake()
         if vm is not None:
             await vm.gone.wait()
         latest = session.latest()
@@ -322,6 +335,7 @@ class Sessions:
             self._quotas.admit(session.tenant, row.vcpus, row.memory_mib, row.lifetime_s)
         session.vm = self._vms.spawn(row, session.env, resumes=resumes)
         self._remember(session)
+        session.wake()
         return session.vm
 
     async def _recall(self, session_id: str) -> Session | None:

@@ -173,8 +173,9 @@ class Snapshots:
             self._rows.change(_ended(row, "failed", last_error="the server ended while it was built; build it again"))
             await self._node.forget(row.id)
 
-    async def unused(self) -> list[str]:
-        return list(await self._node.unused())
+    async def clear_up(self, *, dry_run: bool) -> list[str]:
+        """Remove what belongs to nothing any more; what that was."""
+        return list(await self._node.clear_up(dry_run=dry_run))
 
     async def _find(self, snapshot_id: str) -> SnapshotRow | None:
         build = self._builds.get(snapshot_id)
@@ -231,6 +232,8 @@ class Snapshots:
             if steps(args.model_dump()):
                 build.say("\ntaking the snapshot\n")
                 await self._node.snapshot(vm_id, build.row.id)
+        build.say("booting it once, so that its sandboxes start fast\n")
+        await self._node.prepare(build.row.id, ask.vcpu_count, ask.memory_mb)
 
     @asynccontextmanager
     async def _sandbox(self, tenant: Tenant, build: Build, ask: CreateSnapshot) -> AsyncIterator[str]:

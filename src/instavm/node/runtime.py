@@ -113,6 +113,8 @@ class Runtime:
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
         self._leaving = False
+        self.last_pause_ms = 0.0
+        """How long the source of the latest fork stood still."""
         self._found: dict[str, Image] = {}
         self._pulling: dict[str, anyio.Lock] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
@@ -185,6 +187,7 @@ class Runtime:
             self._saving.copied(sandbox.prepared, template) as copy,
             anyio.create_task_group() as tasks,
         ):
+            self.last_pause_ms = copy.pause_ms
             for spec in specs:
                 tasks.start_soon(child, spec, copy)
         self._keep_flat(sandbox)
@@ -196,7 +199,11 @@ class Runtime:
             with _told(sandbox):
                 pause_ms = await self._saving.snapshot(name, sandbox.prepared, await self._template_of(sandbox))
         self._keep_flat(sandbox)
+        await self._changed(name)
         return await self._stored(name, pause_ms)
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        await self._templates.get(await self._image(name), vcpus, memory_mib)
 
     async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
         with self._snapshots.making(name) as folder, self._snapshots.making(f"{name}-pull") as work:
@@ -220,21 +227,25 @@ class Runtime:
 
     async def forget(self, name: str) -> None:
         await anyio.to_thread.run_sync(self._snapshots.remove, name)
+        await self._changed(name)
+        await self._sweep()
+
+    async def _changed(self, name: str) -> None:
+        """What was known of that snapshot is known no more."""
         self._found.pop(name, None)
         for key in self._templates.forget(name):
             await self._machines.drop(key)
-        await self._sweep()
 
-    async def unused(self) -> Sequence[str]:
-        return await anyio.to_thread.run_sync(self._layers.unheld)
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        return await anyio.to_thread.run_sync(self._layers.unheld) if dry_run else await self._sweep()
 
     async def _stored(self, name: str, pause_ms: float = 0.0) -> Stored:
         return await anyio.to_thread.run_sync(self._saving.stored, name, pause_ms)
 
-    async def _sweep(self) -> None:
-        images = frozenset(await anyio.to_thread.run_sync(self._snapshots.names))
+    async def _sweep(self) -> list[str]:
+        images = await anyio.to_thread.run_sync(self._snapshots.images)
         await anyio.to_thread.run_sync(self._templates.sweep, images)
-        await anyio.to_thread.run_sync(self._layers.sweep)
+        return await anyio.to_thread.run_sync(self._layers.sweep)
 
     async def _template_of(self, sandbox: Sandbox) -> Template:
         return await self._templates.by_key(sandbox.prepared.template)
@@ -280,6 +291,10 @@ class Runtime:
 
     def memory(self) -> HostMemory:
         return doctor.host_memory()
+
+    def pid_of(self, vm_id: str) -> int:
+        """The VMM's process, for who measures. Raises SessionEnded."""
+        return self._usable(vm_id).prepared.machine.pid
 
     def _usable(self, vm_id: str) -> Sandbox:
         sandbox = self._live.get(vm_id)
@@ -410,6 +425,7 @@ class Runtime:
         if (known := self._found.get(name)) is not None:
             return known
         if name != rootfs.DEFAULT:
+            await self._stands(name)
             self._found[name] = image = await anyio.to_thread.run_sync(self._snapshots.image, name)
             return image
         found = await anyio.to_thread.run_sync(self._images.find, name)
@@ -417,6 +433,15 @@ class Runtime:
             raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
         self._found[name] = found
         return found
+
+    async def _stands(self, name: str) -> None:
+        """Whether a disk snapshot still has below it what it was written on. Raises SnapshotError, CorruptSnapshot."""
+        about = await anyio.to_thread.run_sync(self._snapshots.read, name)
+        if about.template:
+            try:
+                await self._templates.by_key(about.template)
+            except CorruptTemplate as exc:
+                raise CorruptSnapshot(f"snapshot {name} can't be used: {exc}") from exc
 
     @contextmanager
     def _boot_errors(self, spec: SandboxSpec) -> Iterator[None]:

@@ -9,9 +9,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import anyio
 import anyio.to_thread
@@ -112,6 +112,7 @@ class Saving:
             if not still:
                 raise SnapshotError("the sandbox did not hold still for the snapshot; try again")
             await anyio.to_thread.run_sync(self._layers.share, prepared.home, folder)
+            await anyio.to_thread.run_sync(pin, template.folder, folder)
             about = self._manifest("disk", layer, template)
             await anyio.to_thread.run_sync(self._snapshots.seal, folder, name, about)
         return pause_ms
@@ -199,10 +200,10 @@ class Saving:
         self._layers.link(prepared.disk, layer, folder)
         return self._layers.path(layer)
 
-    def _manifest(self, kind: str, disk: str, template: Template) -> Manifest:
+    def _manifest(self, kind: Literal["disk", "memory"], disk: str, template: Template) -> Manifest:
         spec = template.saved.spec
-        common = Manifest(
-            kind="disk" if kind == "disk" else "memory",
+        return Manifest(
+            kind=kind,
             disk=disk,
             disk_format="qcow2",
             size_bytes=_virtual_size(template.blank),
@@ -212,14 +213,13 @@ class Saving:
             vcpus=spec.vcpus,
             memory_mib=spec.memory_mib,
             sha256={},
+            template=template.key,
+            template_digest=_template_digest(template),
             vmm=self._driver.fingerprint(),
             cpu=host_cpu(),
             guest=template.guest,
             system=str(spec.system),
         )
-        if kind == "disk":
-            return common
-        return replace(common, template=template.key, template_digest=_template_digest(template))
 
 
 def _template_digest(template: Template) -> str:

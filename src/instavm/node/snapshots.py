@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from instavm.errors import CorruptSnapshot, DiskFull, SnapshotError
+from instavm.errors import BootFailed, CorruptSnapshot, DiskFull, SnapshotError
 from instavm.node.images.rootfs import Image
 from instavm.node.layers import Layers, held
 from instavm.node.sparse import digest
@@ -29,8 +29,11 @@ FORMAT: Final = 1
 DESCRIPTION: Final = "snapshot.json"
 STATE: Final = "state"
 CHANGES: Final = "changes"
+FULL_BYTES: Final = 1 << 20
 PIN: Final = "template.json"
 """A hard link to the description of the template that is stood on: while there is one, the template is in use."""
+BELOW: Final = "below.json"
+"""The same, of what the image of a template stands on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Manifest:
     sha256: Mapping[str, str]
     """Of every layer, and of the saved state."""
     template: str = ""
+    """The key of what its memory differs from, or what its disk has been written on top of."""
     template_digest: str = ""
     vmm: str = ""
     """The VMM, how it runs guests, and the processor that it shows them."""
@@ -135,10 +139,9 @@ class Snapshots:
         self.verify(name, about)
         rootfs = self._layers.path(about.disk)
         used = rootfs.stat().st_blocks * 512
-        mark = json.dumps([about.sha256, dict(about.env), about.workdir], sort_keys=True)
         return Image(
             name,
-            hashlib.sha256(mark.encode()).hexdigest(),
+            _mark(about),
             rootfs,
             about.env,
             about.workdir,
@@ -154,6 +157,16 @@ class Snapshots:
             gone = self.folder / f".gone-{secrets.token_hex(6)}"
             (self.folder / name).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+    def images(self) -> dict[str, str]:
+        """The disk snapshots there are, and the digests of what they are now."""
+        found = {}
+        for name in self.names():
+            with suppress(SnapshotError, CorruptSnapshot):
+                about = self.read(name)
+                if about.kind == "disk":
+                    found[name] = _mark(about)
+        return found
 
     def names(self) -> list[str]:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
@@ -192,18 +205,20 @@ class Snapshots:
         return found
 
 
-def pin(template: Path, owner: Path) -> None:
+def pin(template: Path, owner: Path, name: str = PIN) -> None:
     """Note that `owner` stands on the template in that folder. Where links can't reach, nothing removes templates either."""
     with suppress(OSError):
-        os.link(template / PIN, owner / PIN)
+        os.link(template / PIN, owner / name)
 
 
 @contextmanager
 def told_when_full(folder: Path) -> Iterator[None]:
+    """Raises DiskFull for what went wrong because the disk of `folder` is full; a VMM only says that it could not write."""
     try:
         yield
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, BootFailed) as exc:
+        full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or (isinstance(exc, BootFailed) and shutil.disk_usage(folder).free < FULL_BYTES):
             raise DiskFull(f"{folder}: no space left on the host's disk for a snapshot") from exc
         raise
 
@@ -217,6 +232,11 @@ def host_cpu() -> str:
         flags = hashlib.sha256(told.get("flags", "").encode()).hexdigest()[:12]
         return " ".join([*(told.get(name, "?") for name in wanted[:-1]), flags])
     return "?"
+
+
+def _mark(about: Manifest) -> str:
+    told = json.dumps([dict(about.sha256), dict(about.env), about.workdir], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _seal(told: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.images.store import GuestBase, Image
 from instavm.node.layers import Layers
+from instavm.node.snapshots import BELOW, pin
 from instavm.node.sparse import digest
 from instavm.node.vmm.base import Driver, MachineSpec, Saved
 from instavm.sandbox import Command
@@ -59,6 +60,7 @@ class Template:
     workdir: str
     image: str
     """Name of the image that was booted."""
+    image_digest: str
     guest: str
     """Digest of what it was booted with."""
 
@@ -122,7 +124,7 @@ class Templates:
                 spec = MachineSpec(kernel, initrd, system, told["vcpus"], told["memory_mib"])
                 saved = Saved(spec, folder / "memory", folder / "state")
                 self._verified[key] = Template(
-                    key, folder, saved, told["env"], told["workdir"], told["image"], told["guest"]
+                    key, folder, saved, told["env"], told["workdir"], told["image"], told["image_digest"], told["guest"]
                 )
             except (OSError, ValueError, KeyError, TypeError) as exc:
                 raise CorruptTemplate(f"template {key} can't be read: {exc}") from exc
@@ -136,14 +138,18 @@ class Templates:
             del self._verified[key]
         return keys
 
-    def sweep(self, images: frozenset[str]) -> None:
-        """Remove the templates of snapshots that are not there any more and that no machine and no snapshot stands on."""
+    def sweep(self, images: Mapping[str, str]) -> None:
+        """Remove the templates of snapshots that are gone or others now, and that no machine and no snapshot stands on.
+
+        images: snapshots by name, with their digests.
+        """
         for folder in self.own.iterdir() if self.own.is_dir() else ():
             if folder.suffix == ".lock" or folder.name.startswith("."):
                 continue
             try:
                 description = folder / DESCRIPTION
-                if description.stat().st_nlink > 1 or json.loads(description.read_text())["image"] in images:
+                told = json.loads(description.read_text())
+                if description.stat().st_nlink > 1 or images.get(told["image"]) == told["image_digest"]:
                     continue
             except (OSError, ValueError, KeyError):
                 pass  # of no use to anybody
@@ -161,7 +167,9 @@ class Templates:
         folder = (self._shared if image.owner is None else self.own) / key
         spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
         saved = Saved(spec, folder / "memory", folder / "state")
-        return Template(key, folder, saved, dict(image.env), image.workdir, image.name, self._guest.digest)
+        return Template(
+            key, folder, saved, dict(image.env), image.workdir, image.name, image.digest, self._guest.digest
+        )
 
     async def _usable(self, template: Template) -> bool:
         """Whether it is there and whole. One that is there but altered is moved aside, so that it is made again."""
@@ -180,6 +188,7 @@ class Templates:
             await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
             if image.owner is not None:
                 await anyio.to_thread.run_sync(self._layers.share, image.owner, folder)
+                await anyio.to_thread.run_sync(pin, image.owner, folder, BELOW)
             await self._boot(template, image, disk, memory, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
@@ -246,6 +255,7 @@ def _seal(folder: Path, template: Template) -> None:
         "env": template.env,
         "workdir": template.workdir,
         "image": template.image,
+        "image_digest": template.image_digest,
         "guest": template.guest,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "sha256": {name: digest(folder / name) for name in names},

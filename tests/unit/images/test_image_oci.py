@@ -179,7 +179,7 @@ def test_references_that_are_none(reference, work):
 
 async def test_a_registry_with_a_password(tmp_path, work):
     reference = layout(tmp_path / "layout", layer(entry("file", b"private")))
-    with oci_made.registry(tmp_path / "registry", password="pass word") as address:
+    with oci_made.registry(tmp_path / "registry", password=True) as address:
         oci_made.push(reference, f"{address}/some/app:1", creds="someone:pass word")
         name = f"{address}/some/app:1"
         for more in ({}, {"username": "someone", "password": "wrong-secret"}):

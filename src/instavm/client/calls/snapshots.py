@@ -71,9 +71,10 @@ def delete(snapshot_id: str) -> Call[Record]:
     return Call("DELETE", f"/v1/snapshots/{segment(snapshot_id)}", record(Record, wire.DeletedSnapshot))
 
 
-def garbage() -> Call[Record]:
-    """What takes disk on the server and is nobody's; it goes by itself with the next removal."""
-    return Call("GET", "/v1/snapshots/garbage", record(Record, wire.Garbage))
+def garbage(dry_run: bool = False) -> Call[Record]:
+    """Remove what takes disk on the server and belongs to nothing any more: `removed`. dry_run: only tell."""
+    params = {"dry_run": "true" if dry_run else "false"}
+    return Call("POST", "/v1/snapshots/garbage", record(Record, wire.Garbage), params=params)
 
 
 CALLS: Final[Mapping[str, Callable[..., Call[Any]]]] = {

@@ -32,12 +32,6 @@ async def listing(
     return [record(row, sizes.get(row.id)) for row in await here.snapshots.of(caller, type)]
 
 
-@router.get("/v1/snapshots/garbage")
-async def garbage(caller: Caller, here: Here) -> wire.Garbage:
-    """What the next removal would clear up besides: a dry run of it."""
-    return wire.Garbage(removed=await here.snapshots.unused(), dry_run=True)
-
-
 @router.get("/v1/snapshots/{snapshot_id}")
 async def get(snapshot_id: str, caller: Caller, here: Here) -> wire.Snapshot:
     return record(await here.snapshots.get(caller, snapshot_id), (await here.snapshots.sizes()).get(snapshot_id))
@@ -49,6 +43,12 @@ async def logs(
 ) -> wire.SnapshotLog:
     row, text, end = await here.snapshots.log_of(caller, snapshot_id, offset)
     return wire.SnapshotLog(snapshot_id=row.id, status=row.status, log=text, next_offset=end, is_complete=complete(row))
+
+
+@router.post("/v1/snapshots/garbage")
+async def garbage(caller: Caller, here: Here, dry_run: bool = False) -> wire.Garbage:
+    """Remove what takes disk on the server and belongs to nothing any more."""
+    return wire.Garbage(removed=await here.snapshots.clear_up(dry_run=dry_run), dry_run=dry_run)
 
 
 @router.post("/v1/snapshots/{snapshot_id}/cancel")
