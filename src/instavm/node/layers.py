@@ -37,7 +37,7 @@ class Layers:
 
     def shared(self, layer: str, owner: Path) -> bool:
         """Let `owner` stand on a layer that there may be. Returns: whether there is. Raises OSError."""
-        (owner / LINKS).mkdir(mode=0o700, exist_ok=True)
+        (owner / LINKS).mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             os.link(self.path(layer), owner / LINKS / layer)
         except FileNotFoundError:

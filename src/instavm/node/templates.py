@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,19 +143,26 @@ class Templates:
 
         images: snapshots by name, with their digests.
         """
+        while any(self._swept(folder, images) for folder in list(self._folders())):
+            pass  # one that went may have been all that stood on another
+
+    def _folders(self) -> Iterator[Path]:
         for folder in self.own.iterdir() if self.own.is_dir() else ():
-            if folder.suffix == ".lock" or folder.name.startswith("."):
-                continue
-            try:
-                description = folder / DESCRIPTION
-                told = json.loads(description.read_text())
-                if description.stat().st_nlink > 1 or images.get(told["image"]) == told["image_digest"]:
-                    continue
-            except (OSError, ValueError, KeyError):
-                pass  # of no use to anybody
-            self._verified.pop(folder.name, None)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+            if folder.is_dir() and not folder.name.startswith("."):
+                yield folder
+
+    def _swept(self, folder: Path, images: Mapping[str, str]) -> bool:
+        try:
+            description = folder / DESCRIPTION
+            told = json.loads(description.read_text())
+            if description.stat().st_nlink > 1 or images.get(told["image"]) == told["image_digest"]:
+                return False
+        except (OSError, ValueError, KeyError):
+            pass  # of no use to anybody
+        self._verified.pop(folder.name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+        return True
 
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
