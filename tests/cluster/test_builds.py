@@ -64,7 +64,7 @@ def test_an_image_of_a_registry_with_things_added_to_it(client, tmp_path, server
         assert missing["error"] == missing["message"] == missing.last_error
     vm = started(client, snapshot.snapshot_id)
     shell = vm.execute("cat /opt/built; echo $FROM_IMAGE $FROM_BUILD $PATH; pwd", language="sh")
-    assert shell.stdout == "uid=0 gid=0\n1 2 /bin:/odd\n/app\n", shell
+    assert shell.stdout == "uid=0(root) gid=0\n1 2 /bin:/odd\n/app\n", shell
     for language, word in (("python", "python3 or python"), ("bash", "bash"), ("javascript", "node or nodejs")):
         result = vm.execute("1", language=language)
         assert (result.exit_code, result.stderr) == (127, f"{word}: not found in this image\n")

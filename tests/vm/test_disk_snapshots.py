@@ -74,7 +74,7 @@ async def test_a_freeze_ends_by_itself_and_a_snapshot_under_it_is_refused(node, 
     assert not await agent.thaw()
 
     async def slow(*_):
-        await anyio.sleep(6)
+        await anyio.sleep(9)
         return await type(agent).thaw(agent)
 
     monkeypatch.setattr(agent, "thaw", slow)

@@ -31,7 +31,7 @@ from instavm.node.sparse import digest
 from instavm.node.vmm.base import Driver, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 5
+VERSION = 6
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
