@@ -166,3 +166,23 @@ def test_a_task_goes_on_after_the_rest_of_its_sandbox(servers):
         vm.resume()
         told = vm.get_task_result(task, poll_interval=0.2, timeout=60)
         assert (told["stdout"], told["exit_code"], told["status"]) == ("before\nafter\n", 3, "failed")
+
+
+def test_a_server_killed_while_it_boots_a_snapshot_leaves_no_machine(servers):
+    """R3: what was being booted is ended by the next server, and is never taken for a finished template."""
+    servers.start(SPARE_MACHINES=0)
+    with servers.client(auto_start_session=False) as vm:
+        source = vm.vms.create()
+        made = vm.vms.snapshot(source["vm_id"])
+        vm.vms.delete(source["vm_id"])
+        vm.vms.create(wait=False, snapshot_id=made.snapshot_id)
+        deadline = time.monotonic() + 60
+        while not list((servers.state / "templates").glob(".*/memory")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        servers.end(signal.SIGKILL)
+        assert len(list(inventory.vmm_processes(servers.state / "templates"))) == 1
+        servers.start(SPARE_MACHINES=0)
+        assert list(inventory.vmm_processes(servers.state)) == []
+        assert not list((servers.state / "templates").glob(".*/memory"))
+        assert vm.snapshots.get(made.snapshot_id).status == "ready"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -15,29 +15,18 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from instavm.control.copies import Birth, Copies, Rest
 from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
 from instavm.errors import BootFailed, HostNotReady, InstaVMError, OutcomeUnknown, SessionEnded
-from instavm.sandbox import Ended, EndReason, SandboxSpec, Started, Stored
+from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
 
 log = logging.getLogger(__name__)
 
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
-
-
-Birth = Callable[[SandboxSpec], Awaitable[Started]]
-
-
-@dataclass(slots=True, eq=False)
-class Rest:
-    """One attempt to put a sandbox to rest. `over`: it is at rest, or `error` says why it goes on."""
-
-    over: anyio.Event = field(default_factory=anyio.Event)
-    error: InstaVMError | None = None
-    stored: Stored | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -134,42 +123,6 @@ class Vm:
             ended_at=self.ended_at,
             start=self.started,
         )
-
-
-class Copies:
-    """Several copies of one sandbox, made together; each of them waits here for its own."""
-
-    def __init__(self, node: Node, parent_id: str) -> None:
-        self._node = node
-        self._parent_id = parent_id
-        self._waiting: set[str] = set()
-        self._made: dict[str, Started | InstaVMError] = {}
-        self._over = anyio.Event()
-
-    async def born(self, spec: SandboxSpec) -> Started:
-        self._waiting.add(spec.vm_id)
-        try:
-            await self._over.wait()
-        finally:
-            self._waiting.discard(spec.vm_id)
-        made = self._made[spec.vm_id]
-        if isinstance(made, InstaVMError):
-            raise made
-        return made
-
-    async def make(self, specs: Sequence[SandboxSpec]) -> None:
-        try:
-            made = await self._node.fork(self._parent_id, specs)
-        except InstaVMError as exc:
-            made = [exc] * len(specs)
-        except Exception:
-            log.exception("copying %s failed in a way that the node does not know", self._parent_id)
-            made = [BootFailed(f"{self._parent_id} could not be copied: internal error")] * len(specs)
-        self._made = {spec.vm_id: one for spec, one in zip(specs, made, strict=True)}
-        for vm_id, one in self._made.items():
-            if vm_id not in self._waiting and isinstance(one, Started):
-                await self._node.stop(vm_id)  # nobody wants it any more
-        self._over.set()
 
 
 class Vms:

@@ -60,7 +60,8 @@ class Record:
     vm_id: str
     cold: bool
     steps_ms: dict[str, float]
-    template: str
+    template: str = ""
+    """Empty in notes of versions that did not write it down: such a machine runs on, but can't be saved."""
 
 
 def read_record(home: Path) -> Record | None:

@@ -17,17 +17,16 @@ from instavm.errors import (
     BootFailed,
     CorruptSnapshot,
     CorruptTemplate,
-    GuestProtocolError,
     HostNotReady,
     InstaVMError,
     NoCapacity,
-    OutcomeUnknown,
     SessionEnded,
 )
 from instavm.node import doctor, files, identity, inventory
 from instavm.node.images import oci, rootfs
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.layers import DEEP, Layers, held
+from instavm.node.live import Sandbox, Steps, told
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
@@ -52,40 +51,6 @@ from instavm.sandbox import (
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-class Steps:
-    """How long each step of a start took, in milliseconds, in order."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.ms: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self.ms[name] = round((now - self._last) * 1000, 3)
-        self._last = now
-
-
-class Sandbox:
-    """One that is live: its agent, and how it is told to end."""
-
-    def __init__(self, vm_id: str, prepared: Prepared) -> None:
-        self.vm_id = vm_id
-        self.prepared = prepared
-        self.agent = prepared.agent
-        self.stop = anyio.Event()
-        self.gone = anyio.Event()
-        self.why: str | None = None
-        self.at_rest = False
-        self.saving = anyio.Lock()
-        """Held while its disk or its memory is being saved: one at a time."""
-
-    def lost(self, why: str) -> None:
-        """It can't go on; the reason is kept for who asks. One that is being ended can't be lost any more."""
-        if not self.stop.is_set():
-            self.why = why
-            self.stop.set()
 
 
 class Runtime:
@@ -144,6 +109,7 @@ class Runtime:
                 runtime = cls(settings, driver, probe, images, templates, machines, layers, tasks)
                 try:
                     await runtime._adopt()
+                    await anyio.to_thread.run_sync(templates.clear)
                     await anyio.to_thread.run_sync(runtime._snapshots.sweep)
                     await runtime._sweep()
                     yield runtime
@@ -164,7 +130,7 @@ class Runtime:
         sandbox = self._usable(vm_id)
         async with sandbox.saving:
             began = time.perf_counter()
-            with _told(sandbox):
+            with told(sandbox):
                 await self._saving.suspend(vm_id, sandbox.prepared, await self._template_of(sandbox))
             pause_ms = (time.perf_counter() - began) * 1000
             sandbox.at_rest = True
@@ -196,7 +162,7 @@ class Runtime:
     async def snapshot(self, vm_id: str, name: str) -> Stored:
         sandbox = self._usable(vm_id)
         async with sandbox.saving:
-            with _told(sandbox):
+            with told(sandbox):
                 pause_ms = await self._saving.snapshot(name, sandbox.prepared, await self._template_of(sandbox))
         self._keep_flat(sandbox)
         await self._changed(name)
@@ -269,24 +235,24 @@ class Runtime:
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             return await sandbox.agent.execute(command, on_output)
 
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             return await files.put(sandbox.agent, path, name, chunks)
 
     async def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             async with aclosing(files.get(sandbox.agent, path)) as pieces:
                 async for piece in pieces:
                     yield piece
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             await sandbox.agent.stage_env(dict(env))
 
     def memory(self) -> HostMemory:
@@ -454,19 +420,6 @@ class Runtime:
             raise
         except InstaVMError as exc:
             raise BootFailed(f"sandbox {spec.vm_id} did not come up: {exc}") from exc
-
-
-@contextmanager
-def _told(sandbox: Sandbox) -> Iterator[None]:
-    """A line that broke, or a guest that lies, is the end of its sandbox."""
-    try:
-        yield
-    except OutcomeUnknown as exc:
-        sandbox.lost(str(exc))
-        raise
-    except GuestProtocolError as exc:
-        sandbox.lost(str(exc))
-        raise OutcomeUnknown(f"the sandbox was ended while the command ran: {exc}") from exc
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
-from instavm.node import identity
+from instavm.node import identity, inventory
 from instavm.node.agent import connected
 from instavm.node.images.store import GuestBase, Image
 from instavm.node.layers import Layers
@@ -145,6 +145,11 @@ class Templates:
         """
         while any(self._swept(folder, images) for folder in list(self._folders())):
             pass  # one that went may have been all that stood on another
+
+    def clear(self) -> None:
+        """Remove what a server that was killed has left half-made of its own. Only at start."""
+        for dead in self.own.glob(".*"):
+            inventory.remove_unfinished(dead)
 
     def _folders(self) -> Iterator[Path]:
         for folder in self.own.iterdir() if self.own.is_dir() else ():
@@ -304,7 +309,7 @@ class _building:
     def __enter__(self) -> Path:
         prefix = f".{self._final.name}-"
         for dead in self._final.parent.glob(prefix + "*"):
-            shutil.rmtree(dead, ignore_errors=True)
+            inventory.remove_unfinished(dead)
         self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._final.parent))
         return self._folder
 
