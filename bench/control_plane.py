@@ -13,14 +13,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 from instavm import InstaVM
 from instavm.bench import report
-from instavm.errors import ProcessNotFound
+from instavm.errors import InstaVMError, ProcessNotFound
 from instavm.sandbox import (
     Command,
     Egress,
@@ -34,8 +34,11 @@ from instavm.sandbox import (
     ProcessSpec,
     ProcessState,
     ProcessWait,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
     Tier,
 )
@@ -81,6 +84,28 @@ class NullNode:
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         return EgressLog()
+
+    async def suspend(self, vm_id: str) -> Stored:
+        return Stored(vm_id, 0, 0)
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        return [await self.start(spec) for spec in specs]
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        return Stored(name, 0, 0)
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        return Pulled(Stored(name, 0, 0), "sha256:0", {}, {})
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None: ...
+
+    async def stored(self) -> Mapping[str, Stored]:
+        return {}
+
+    async def forget(self, name: str) -> None: ...
+
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        return []
 
     async def adopted(self) -> Mapping[str, Started]:
         return {}

@@ -9,7 +9,8 @@ InstaVMError
 │   └── QuotaExceededError  a limit of the account
 ├── SessionError            something about a session
 │   ├── SessionNotFound
-│   └── SessionEnded        killed: it will never run code again
+│   ├── SessionEnded        killed: it will never run code again
+│   └── SessionSuspended    at rest, and nobody said that a call may wake it: resume it first
 ├── ExecutionError          the code could not be run (code that ran and failed is a result, not an error)
 │   └── OutcomeUnknown      the sandbox was lost on the way: the code may or may not have run
 ├── FileError               a file in a sandbox cannot be read or written: a directory, a device, no permission
@@ -17,14 +18,16 @@ InstaVMError
 ├── ProcessError            something about a process in a sandbox: its stdin is closed, or full
 │   ├── ProcessNotFound     there is none of this id in the session's sandbox
 │   └── ProcessEnded        it has ended, and takes neither input nor signals
-├── Conflict                the request contradicts an earlier one with the same Idempotency-Key
+├── Conflict                not now: it contradicts an earlier request, or what the thing is busy with
+├── SnapshotError           a snapshot that is no use: not ready yet, or its build failed
 ├── NotFound                there is no such thing, or it is somebody else's
 ├── RateLimitError          try again later
 │   └── NoCapacity          the host is full
 ├── HostNotReady            this host lacks something: says what, and how to get it
 │   └── ServerStopping         the server is about to end and begins nothing any more: repeat the call at the next one
 ├── BootFailed              the sandbox did not come up; nothing of it is left
-│   └── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
+│   ├── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
+│   └── CorruptSnapshot     what was saved is cut off, altered, or made by another VMM, kernel or CPU: it is not run
 ├── DiskFull                the host's disk, or the sandbox's own: the text says which
 ├── GuestProtocolError      the guest sent what the protocol does not allow; its sandbox is ended
 ├── NetworkError            the server could not be reached or did not answer (client side)
@@ -88,6 +91,10 @@ class SessionEnded(SessionError):
     code = "session_ended"
 
 
+class SessionSuspended(SessionError):
+    code = "session_suspended"
+
+
 class ExecutionError(InstaVMError):
     code = "execution"
 
@@ -126,6 +133,10 @@ class Conflict(InstaVMError):
     code = "conflict"
 
 
+class SnapshotError(InstaVMError):
+    code = "snapshot"
+
+
 class RateLimitError(InstaVMError):
     """`retry_after_s`: seconds after which it is worth trying again; None when nobody can tell."""
 
@@ -154,6 +165,10 @@ class BootFailed(InstaVMError):
 
 class CorruptTemplate(BootFailed):
     code = "corrupt_template"
+
+
+class CorruptSnapshot(BootFailed):
+    code = "corrupt_snapshot"
 
 
 class DiskFull(InstaVMError):

@@ -77,6 +77,14 @@ SIGNALS: Final[Mapping[str, int]] = {
 """Name → number, as Linux has them: the client may run elsewhere."""
 IDEMPOTENCY_KEY_CHARS: Final = 255
 
+FORKS_MAX: Final = 64
+"""Copies of a sandbox made by one call."""
+SNAPSHOT_LOG_BYTES: Final = 256 << 10
+"""How much of a build's log is kept (head and tail)."""
+PACKAGES_CHARS: Final = 8192
+BUILD_DISK_GIB_MIN: Final = 1
+BUILD_DISK_GIB_MAX: Final = 16
+
 LIST_LIMIT_MAX: Final = 1000
 LIST_LIMIT_DEFAULT: Final = 100
 
@@ -96,6 +104,14 @@ ALLOWED: Final[Mapping[str, str]] = {
         f" strings, numbers or booleans without NUL as values, {ENV_BYTES} bytes in all"
     ),
     "metadata": f"an object of at most {METADATA_BYTES} bytes of JSON",
+    "count": f"a whole number from 1 to {FORKS_MAX}",
+    "oci_image": "a reference such as python:3.12-slim, host:port/name@sha256:…, oci:/path:tag or docker-archive:/path",
+    "build_args": (
+        f"packages separated by spaces ({PACKAGES_CHARS} characters of each kind), git_clone_url and git_clone_branch,"
+        f" envs, post_build_cmd, disk_size_gb from {BUILD_DISK_GIB_MIN} to {BUILD_DISK_GIB_MAX}"
+    ),
+    "type": "user",
+    "name": "at most 200 characters",
     "limit": f"a whole number from 1 to {LIST_LIMIT_MAX}",
     "remote_path": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
     "filename": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",

@@ -28,6 +28,8 @@ class EndReason(StrEnum):
     CRASHED = "crashed"
     NODE_LOST = "node_lost"
     SERVER_STOPPED = "server_stopped"
+    RESUMED = "resumed"
+    """It was at rest, and goes on under another id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,11 @@ class SandboxSpec:
     vcpus: int
     memory_mib: int
     image: str = "default"
+    """`default`, or the id of a disk snapshot."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     egress: Egress = NOTHING
+    resumes: str | None = None
+    """The id of a sandbox at rest that this one goes on from; `image` and sizes are what they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +204,41 @@ class StoredFile:
 
     path: str
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Something at rest on a node. Bytes are those on the host's disk; shared ones belong to others too."""
+
+    name: str
+    own_bytes: int
+    shared_bytes: int
+    pause_ms: float = 0.0
+    """How long the sandbox stood still for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """An image to fetch. `reference`: of a registry, or `oci:` / `docker-archive:` and a path on the node.
+
+    disk_gib: size of the disk that is made of it; None = what it takes, with room.
+    """
+
+    reference: str
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    disk_gib: int | None = None
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What an image turned out to be. `digest`: of its manifest, `sha256:…`."""
+
+    stored: Stored
+    digest: str
+    env: Mapping[str, str]
+    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,11 +76,13 @@ class Settings(BaseSettings):
     """What one sandbox may send, and what it may receive, in megabits per second. None = no limit."""
 
     quota_sandboxes: int | None = Field(100, ge=0)
-    """How many sandboxes a tenant without a quota of its own may have at one time. This and the next three hold for
+    """How many sandboxes a tenant without a quota of its own may have at one time. This and the next four hold for
     `serve`; the embedded server serves one user and has only the host's limits."""
     quota_vcpus: int | None = Field(None, ge=0)
     quota_memory_mib: int | None = Field(None, ge=0)
     quota_lifetime_s: int | None = Field(30 * 86_400, ge=20)
+    quota_disk_mib: int | None = Field(50_000, ge=0)
+    """What a tenant's snapshots and suspended sandboxes may take on the host's disk together."""
     memory_overcommit: float = Field(1.0, gt=0, le=16)
     """How often the host's memory (less the reserve) may be promised to sandboxes. With 1, every sandbox can use all of
     its memory at the same time as all others; more is more sandboxes and a bet that they won't."""

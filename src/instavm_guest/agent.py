@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from instavm_guest import frames, link, spawner, world
+from instavm_guest.disk import Disk
 from instavm_guest.files import Files
 from instavm_guest.frames import Message
 from instavm_guest.interpreter import Interpreter, javascript, python
@@ -39,6 +40,7 @@ class Agent:
         self._files = Files(self, self._programs)
         self._tasks = Tasks(self.send)
         self._processes = Processes(self, self._programs)
+        self._disk = Disk()
         self._link = link.open_link()
         self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
 
@@ -73,7 +75,8 @@ class Agent:
 
     def run(self) -> None:
         self._hello()
-        poll, handlers, timers = self._poll, self._handlers, (self._programs, self._interpreter, self._javascript)
+        poll, handlers = self._poll, self._handlers
+        timers = (self._programs, self._interpreter, self._javascript, self._disk)
         host = self._link.fileno()
         poll.register(host, select.POLLIN)
         while True:
@@ -153,6 +156,11 @@ class Agent:
         elif kind == frames.SYNC:
             self._processes.forget_waiting()
             self.send(frames.SYNCED, 0, message["token"].encode())
+        elif kind == frames.FREEZE:
+            self._disk.freeze()
+            self.answer(request, {})
+        elif kind == frames.THAW:
+            self.answer(request, {"held": self._disk.thaw()})
         elif kind == frames.STAGE_ENV:
             self._env.update(message["env"])
             self._interpreter.stage(message["env"])

@@ -29,6 +29,8 @@ CANCEL = 4
 REST = 5  # once per template: it is about to be saved
 SYNC = 7  # another server takes up the line: answer with the same token, whatever was half-sent before
 STAGE_ENV = 6  # variables for everything that starts from now on
+FREEZE = 8  # let nobody write to the disk; ends by itself after seconds
+THAW = 9
 PROCESS = 10  # something about a process that runs in the background
 # about files; their kinds lie above all others, so that one comparison tells them apart
 PUT = 32
@@ -48,7 +50,10 @@ CONTENT = 48  # bytes of the file
 TAKEN = 49  # so many bytes of DATA have left the agent's memory
 
 FROM_HOST = frozenset(
-    {CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, PROCESS, PUT, GET, DATA, COMMIT, CREDIT}
+    {
+        *(CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PROCESS),
+        *(PUT, GET, DATA, COMMIT, CREDIT),
+    }
 )
 FROM_GUEST = frozenset({HELLO, STDOUT, STDERR, DONE, FAILED, OUTPUT, SYNCED, CONTENT, TAKEN})
 

@@ -254,6 +254,8 @@ def reseed() -> None:
         modules["random"].seed()
     if "numpy.random" in modules:
         modules["numpy.random"].seed()
+    if "_ssl" in modules:  # OpenSSL notices a fork of its process, but not one of its machine
+        modules["_ssl"].RAND_add(os.urandom(48), 48.0)
 
 
 def moved_up(fd: int, copy: bool = False) -> int:

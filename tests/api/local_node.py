@@ -11,17 +11,31 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
 
-from instavm.errors import BootFailed, DiskFull, FileError, FileMissing, NoCapacity, OutcomeUnknown, SessionEnded
+from instavm.errors import (
+    BootFailed,
+    CorruptSnapshot,
+    DiskFull,
+    FileError,
+    FileMissing,
+    InstaVMError,
+    NoCapacity,
+    OutcomeUnknown,
+    SessionEnded,
+    SnapshotError,
+    UnsupportedOperationError,
+)
 from instavm.sandbox import (
     NOTHING,
     Command,
@@ -33,8 +47,11 @@ from instavm.sandbox import (
     NodeInfo,
     Outcome,
     OutputSink,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
     Tier,
 )
@@ -89,6 +106,7 @@ class LocalNode:
     def __init__(self, root: Path) -> None:
         self._root = root
         self.places: dict[str, Place] = {}
+        self.resting: dict[str, Place] = {}
         self.booting: set[str] = set()
         self.started: list[str] = []
         self.stopped: list[str] = []
@@ -101,8 +119,12 @@ class LocalNode:
         self.booting.add(spec.vm_id)
         try:
             await self._misbehave(spec)
+            if spec.resumes is not None:
+                return self._wake(spec)
             folder = self._root / spec.vm_id
-            (folder / "app").mkdir(parents=True)
+            if spec.image != "default":
+                shutil.copytree(self._root / spec.image, folder)
+            (folder / "app").mkdir(parents=True, exist_ok=True)
             python = await self._process(spec, folder, sys.executable, "-c", INTERPRETER)
         finally:
             self.booting.discard(spec.vm_id)
@@ -111,6 +133,20 @@ class LocalNode:
         self.places[spec.vm_id] = Place(spec, folder, python, started, egress=spec.egress)
         self.started.append(spec.vm_id)
         return started
+
+    def _wake(self, spec: SandboxSpec) -> Started:
+        place = self.resting.pop(spec.resumes or "", None)
+        if place is None:
+            raise CorruptSnapshot(f"{spec.resumes} was altered")
+        for process in place.processes():
+            process.send_signal(signal.SIGCONT)
+        place.spec, place.started = (
+            spec,
+            Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"wake": 1.0}),
+        )
+        self.places[spec.vm_id] = place
+        self.started.append(spec.vm_id)
+        return place.started
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
         place = self.places.get(vm_id)
@@ -190,6 +226,51 @@ class LocalNode:
 
     async def leave(self) -> None:
         return
+
+    async def suspend(self, vm_id: str) -> Stored:
+        """Its processes are stopped where they are; that they still take memory is all that is wrong with it."""
+        place = self._place(vm_id)
+        for process in place.processes():
+            process.send_signal(signal.SIGSTOP)
+        self.resting[vm_id] = self.places.pop(vm_id)
+        return Stored(vm_id, 1 << 20, 0, 1.0)
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        return [UnsupportedOperationError("processes of this host can't be copied")] * len(specs)
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        shutil.copytree(self._place(vm_id).folder, self._root / name)
+        return self._stored_at(name)
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        progress("looking")
+        if "hangs" in ask.reference:
+            await anyio.sleep_forever()
+        if "missing" in ask.reference:
+            raise SnapshotError(f"{ask.reference}: manifest unknown")
+        (self._root / name / "app").mkdir(parents=True)
+        return Pulled(self._stored_at(name), "sha256:" + "0" * 64, ask.env, {"made": "here"})
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        assert (self._root / name).is_dir()
+
+    async def stored(self) -> Mapping[str, Stored]:
+        snapshots = {name: self._stored_at(name) for name in os.listdir(self._root) if name.startswith("snap-")}
+        return snapshots | {name: Stored(name, 1 << 20, 0) for name in self.resting}
+
+    async def forget(self, name: str) -> None:
+        if name.startswith("snap-"):
+            shutil.rmtree(self._root / name, ignore_errors=True)
+        elif (place := self.resting.pop(name, None)) is not None:
+            for process in place.processes():
+                process.kill()
+                await process.wait()
+
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        return []
+
+    def _stored_at(self, name: str) -> Stored:
+        return Stored(name, sum(file.stat().st_size for file in (self._root / name).rglob("*")), 0)
 
     def memory(self) -> HostMemory:
         return self.host

@@ -61,7 +61,7 @@ def test_staged_variables_are_kept_nowhere(server, http, made):
     assert "s3cret" not in wrong.text
 
 
-@pytest.mark.parametrize("more", [{"snapshot_id": "snap-1"}, {"volumes": [{"volume_id": "v"}]}, {"vault_ids": ["v"]}])
+@pytest.mark.parametrize("more", [{"volumes": [{"volume_id": "v"}]}, {"vault_ids": ["v"]}])
 def test_what_this_server_cannot_do_is_not_passed_over(http, more):
     assert http.post("/v1/vms", json=more).status_code == 501
 

@@ -347,6 +347,69 @@ def check_43_vm_without_waiting_and_in_a_session():
         c.vms.delete(vm["vm_id"])
 
 
+def check_45_suspend_and_resume():
+    with client(auto_start_session=False) as c:
+        vm = c.vms.create(auto_resume=False)
+        c.session_id = vm["session_id"]
+        c.execute("x = 42")
+        assert c.vms.suspend(vm["vm_id"])["status"] == "suspended"
+        assert c.vms.get(vm["vm_id"])["status"] == "suspended"
+        assert vm["vm_id"] not in [one["vm_id"] for one in c.vms.list()]
+        try:
+            c.execute("print(x)")
+        except ExecutionError:
+            pass
+        else:
+            raise AssertionError("it ran while it was suspended")
+        back = c.vms.resume(vm["vm_id"], wait=True)
+        assert back["vm_id"] != vm["vm_id"] and back["status"] == "active"
+        assert c.execute("print(x)")["stdout"] == "42\n"
+        c.vms.update(back["vm_id"], auto_resume=True)
+        c.vms.suspend(back["vm_id"])
+        assert c.execute("print(x)")["stdout"] == "42\n"
+
+
+def check_46_snapshots_and_clones():
+    with client() as c:
+        c.execute("open('/app/kept', 'w').write('kept')")
+        vm_id = c.get_session_status()["vm_id"]
+        made = c.vms.snapshot(vm_id, wait=True, name="mine")
+        snapshot_id = made.get("id") or made.get("snapshot_id")
+        assert made["status"] == "ready" and made["snapshot_id"] == snapshot_id
+        listed = {one["id"]: one for one in c.snapshots.list()}
+        assert listed[snapshot_id]["name"] == "mine" and snapshot_id in {
+            one["id"] for one in c.snapshots.list(type="user")
+        }
+        assert c.snapshots.get(snapshot_id)["status"] == "ready"
+        vm = c.vms.create(snapshot_id=snapshot_id)
+        with client(auto_start_session=False) as other:
+            other.session_id = vm["session_id"]
+            assert other.execute("print(open('/app/kept').read())")["stdout"] == "kept\n"
+        cloned = c.vms.clone(vm_id, wait=True)
+        assert cloned["status"] == "active" and cloned["vm_id"] != vm_id and cloned["snapshot_deleted"] is True
+        with client(auto_start_session=False) as other:
+            other.session_id = cloned["session_id"]
+            assert other.execute("print(open('/app/kept').read())")["stdout"] == "kept\n"
+        c.snapshots.delete(snapshot_id)
+        try:
+            c.snapshots.get(snapshot_id)
+        except requests.HTTPError as exc:
+            assert exc.response.status_code == 404
+        else:
+            raise AssertionError("it is still there")
+
+
+def check_47_a_build_that_fails_is_told():
+    with client(auto_start_session=False) as c:
+        made = c.snapshots.create(oci_image="127.0.0.1:1/no/such:image", name="x", build_args={"envs": {"A": "b"}})
+        deadline = time.monotonic() + 60
+        while (got := c.snapshots.get(made["id"]))["status"] not in ("ready", "failed", "error"):
+            assert time.monotonic() < deadline, got
+            time.sleep(0.2)
+        assert got["status"] == "failed" and got["last_error"] == got["error"] == got["message"]
+        c.snapshots.delete(made["id"])
+
+
 def check_50_limits_are_told_in_words():
     try:
         InstaVM(LOW, base_url=BASE, timeout=61)

@@ -1,10 +1,23 @@
 """The driver seam on every driver that this host can run."""
 
+import shutil
+
 import pytest
 
 from instavm.node.images.store import ImageStore
 from instavm.node.templates import Templates
 from instavm.node.vmm.qemu import QemuDriver
+
+
+@pytest.fixture(scope="session")
+def furnish(template):
+    """Puts an empty disk into a machine's folder."""
+
+    def put(home):
+        shutil.copyfile(template.blank, home / "disk.qcow2")
+        (home / "disk.qcow2").chmod(0o600)
+
+    return put
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +45,6 @@ async def driver(request, anyio_backend):
 
 @pytest.fixture(scope="session")
 async def template(settings, driver, guest, image):
-    templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
+    templates = Templates(settings, driver, guest)
     template, _ = await templates.get(image, 2, 512)
     return template

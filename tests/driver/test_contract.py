@@ -19,9 +19,9 @@ HELLO = Command("print('hello')", "python", 60)
 
 
 @pytest.fixture
-def home(short_folder, template):
+def home(short_folder, template, furnish):
     home = short_folder / "machine"
-    make_home(home, template)
+    make_home(home, template, furnish)
     yield home
     shutil.rmtree(home)
 

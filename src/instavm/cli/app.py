@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from instavm.cli import bench, doctor, egress, execute, keys, processes, server, tenants, version
+from instavm.cli import bench, doctor, egress, execute, keys, processes, server, snapshots, tenants, version
 from instavm.errors import InstaVMError
 
 INTERRUPTED: Final = 130
@@ -31,6 +31,7 @@ app.command("bench", help="Measure how fast this machine starts and runs sandbox
 app.command("version", help="Print the version.")(version.version)
 app.add_typer(egress.app, name="egress", help="What a sandbox may reach, and where it went.")
 app.add_typer(keys.app, name="key", help="API keys of this host's server.")
+app.add_typer(snapshots.app, name="snapshot", help="Disks to start sandboxes from: taken of VMs, or built from images.")
 app.add_typer(tenants.app, name="tenant", help="Accounts of this host's server, and what each may have.")
 
 

@@ -44,6 +44,7 @@ def quota(
     sandboxes: Annotated[int | None, typer.Option(min=0, help="How many at one time.")] = None,
     vcpus: Annotated[int | None, typer.Option(min=0, help="vCPUs of all of them together.")] = None,
     memory: Annotated[int | None, typer.Option(min=0, help="Memory of all of them together, in MB.")] = None,
+    disk: Annotated[int | None, typer.Option(min=0, help="Snapshots and suspended sandboxes together, in MB.")] = None,
     lifetime: Annotated[int | None, typer.Option(min=20, help="Longest lifetime of one, in seconds.")] = None,
 ) -> None:
     """Set what a tenant may have; what is left out goes back to the server's settings.
@@ -52,7 +53,7 @@ def quota(
     """
     from instavm.control.store.accounts import Quota  # noqa: PLC0415 (the server's libraries are an extra)
 
-    wanted = Quota(sandboxes, vcpus, memory, lifetime)
+    wanted = Quota(sandboxes, vcpus, memory, lifetime, disk)
     if not _with_tenants(lambda tenants: tenants.set_quota(tenant, wanted)):
         raise InstaVMError(f"there is no tenant {tenant!r}; `instavm key create --tenant {tenant}` makes it")
     print(f"set for {tenant}")

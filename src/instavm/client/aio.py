@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -12,11 +13,13 @@ import anyio
 import anyio.to_thread
 
 from instavm import limits
-from instavm.client.binding import Binding
-from instavm.client.calls import executions, files, sessions, tasks, users
+from instavm.client.binding import Binding, vm_of
+from instavm.client.branches import AsyncBranches
+from instavm.client.calls import executions, files, sessions, snapshots, tasks, users, vms
 from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import AsyncEgress
+from instavm.client.managers import Manager
 from instavm.client.places import LocalPath, landing
 from instavm.client.processes import AsyncProcesses
 from instavm.client.results import (
@@ -24,10 +27,12 @@ from instavm.client.results import (
     DownloadedFile,
     EgressPolicy,
     Execution,
+    Resumed,
     Sandbox,
     SessionInfo,
     SessionStatus,
     SessionUsage,
+    Suspended,
     Task,
     TaskBegun,
     UploadedFile,
@@ -65,6 +70,8 @@ class AsyncInstaVM(Binding):
         self.processes = AsyncProcesses(self._link, self._session)
         """Programs that run in the background."""
         self.egress = AsyncEgress(self._link, self._session)
+        self.vms = Manager(self._link.send, vms.CALLS)
+        self.snapshots = Manager(self._link.send, snapshots.CALLS)
         self._auto_start = auto_start_session
         self._starting = anyio.Lock()
 
@@ -75,6 +82,53 @@ class AsyncInstaVM(Binding):
     async def execute(self, code: str, language: str = "python", timeout: float | None = None) -> Execution:
         """As `InstaVM.execute`."""
         return await self._link.send(executions.execute(await self._session(), code, language, timeout))
+
+    async def suspend(self) -> Suspended:
+        """As `InstaVM.suspend`."""
+        return await self._link.send(vms.suspend(await self._vm_id()))
+
+    async def resume(self) -> Resumed:
+        """As `InstaVM.resume`."""
+        return await self._link.send(vms.resume(await self._vm_id()))
+
+    async def fork(self, count: int = 1, env: Mapping[str, Any] | None = None) -> list[AsyncInstaVM]:
+        """As `InstaVM.fork`."""
+        if self.session_id is None or not await self.is_session_active():
+            await self.execute("None")
+        made = await self._link.send(vms.fork(await self._vm_id(), count, env))
+        return [self._copy(one["session_id"]) for one in made.forks]
+
+    @asynccontextmanager
+    async def branch(self, count: int) -> AsyncIterator[AsyncBranches]:
+        """As `InstaVM.branch`."""
+        tries = AsyncBranches(await self.fork(count))
+        try:
+            yield tries
+        except BaseException:
+            tries.kept = None
+            raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                for one in tries:
+                    if one is not tries.kept:
+                        await one.close_session()
+                    await one.close()
+        if tries.kept is not None:
+            was, self.session_id = self.session_id, tries.kept.session_id
+            await self._link.send(sessions.kill(str(was)))
+
+    def _copy(self, session_id: str) -> AsyncInstaVM:
+        copy = type(self).__new__(type(self))
+        Binding.__init__(copy, self._config)
+        copy._link = AsyncLink(self._config)
+        copy.vms = Manager(copy._link.send, vms.CALLS)
+        copy.snapshots = Manager(copy._link.send, snapshots.CALLS)
+        copy._auto_start, copy._starting = False, anyio.Lock()
+        copy._bound(session_id)
+        return copy
+
+    async def _vm_id(self) -> str:
+        return vm_of(await self._link.send(sessions.info(await self._session())))
 
     async def execute_async(self, code: str, language: str = "python", timeout: float | None = None) -> TaskBegun:
         """As `InstaVM.execute_async`."""

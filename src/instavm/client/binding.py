@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from instavm.client.config import Config
 from instavm.client.explain import explain
-from instavm.client.results import Execution
+from instavm.client.results import Execution, SessionInfo
+from instavm.errors import SessionError
+
+
+def vm_of(info: SessionInfo) -> str:
+    """Raises: SessionError, when the session has no sandbox yet."""
+    if info["vm_id"] is None:
+        raise SessionError(f"session {info['session_id']} has no sandbox yet: execute something first")
+    return str(info["vm_id"])
 
 
 class Binding:

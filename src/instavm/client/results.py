@@ -30,6 +30,46 @@ class Record(dict[str, Any]):
             raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self)}") from None
 
 
+class VmRecord(Record):
+    """A VM: `vm_id`, `session_id`, `status` (creating, active, suspending, suspended, or how it ended) and more."""
+
+    vm_id: str
+    session_id: str
+    status: str
+
+
+class Suspended(Record):
+    vm_id: str
+    session_id: str
+    status: str
+
+
+class Resumed(Record):
+    """`vm_id` is new, `previous_vm_id` goes on meaning the same sandbox."""
+
+    vm_id: str
+    session_id: str
+    status: str
+    previous_vm_id: str
+
+
+class Forked(Record):
+    """`forks`: each with `vm_id`, `session_id` and how it came up."""
+
+    parent_vm_id: str
+    forks: list[dict[str, Any]]
+
+
+class Snapshot(Record):
+    """`status`: pending, building or creating → ready or failed (`last_error` says why)."""
+
+    snapshot_id: str
+    status: str
+    name: str | None
+    size_bytes: int
+    last_error: str | None
+
+
 class Execution(Record):
     """What became of one `execute`. `str()` of it is what the code printed: stdout, then stderr.
 

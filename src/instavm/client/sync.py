@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 from instavm import limits
-from instavm.client.binding import Binding
-from instavm.client.calls import executions, files, sessions, tasks, users
+from instavm.client.binding import Binding, vm_of
+from instavm.client.branches import Branches
+from instavm.client.calls import executions, files, sessions, snapshots, tasks, users, vms
 from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import Egress
+from instavm.client.managers import Manager
 from instavm.client.places import LocalPath, landing
 from instavm.client.processes import Processes
 from instavm.client.results import (
@@ -21,10 +24,12 @@ from instavm.client.results import (
     DownloadedFile,
     EgressPolicy,
     Execution,
+    Resumed,
     Sandbox,
     SessionInfo,
     SessionStatus,
     SessionUsage,
+    Suspended,
     Task,
     TaskBegun,
     UploadedFile,
@@ -72,6 +77,8 @@ class InstaVM(Binding):
         self.processes = Processes(self._link, self._session)
         """Programs that run in the background."""
         self.egress = Egress(self._link, self._session)
+        self.vms = Manager(self._link.send, vms.CALLS)
+        self.snapshots = Manager(self._link.send, snapshots.CALLS)
         if auto_start_session:
             self.start_session()
 
@@ -138,6 +145,65 @@ class InstaVM(Binding):
     def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
         """Where a web server on `port` of the sandbox is reached."""
         return self._link.send(sessions.app_url(session_id or self._session(), port))
+
+    def suspend(self) -> Suspended:
+        """Put the sandbox to rest, memory and disk: it takes no memory any more, and goes on later where it is now.
+
+        Code that runs meanwhile stops where it is and goes on with the sandbox. Twice is fine.
+        Raises: DiskFull, QuotaExceededError, BootFailed; then it runs as before.
+        """
+        return self._link.send(vms.suspend(self._vm_id()))
+
+    def resume(self) -> Resumed:
+        """Bring the sandbox back: processes, variables, open files; the clock is right. One that is up is fine.
+
+        Raises: CorruptSnapshot (what was saved was altered, or comes from another host); NoCapacity.
+        """
+        return self._link.send(vms.resume(self._vm_id()))
+
+    def fork(self, count: int = 1, env: Mapping[str, Any] | None = None) -> list[InstaVM]:
+        """Copies of this sandbox as it is now, memory and disk, while it goes on; each is a client with a session of its own.
+
+        Every copy has its own clock, entropy and names. count: 1 to 64. env: variables on top, in each copy.
+        Close each (or use it in a `with` block). Raises: InvalidInput, QuotaExceededError, NoCapacity, BootFailed.
+        """
+        if self.session_id is None or not self.is_session_active():
+            self.execute("None")
+        made = self._link.send(vms.fork(self._vm_id(), count, env))
+        return [self._copy(one["session_id"]) for one in made.forks]
+
+    @contextmanager
+    def branch(self, count: int) -> Iterator[Branches]:
+        """Try several ways from here: `with vm.branch(3) as tries:`. After `tries.keep(one)` this client goes on with that one.
+
+        All others end with the block; without `keep` this sandbox goes on as it was.
+        """
+        tries = Branches(self.fork(count))
+        try:
+            yield tries
+        except BaseException:
+            tries.kept = None
+            raise
+        finally:
+            for one in tries:
+                if one is not tries.kept:
+                    one.close_session()
+                one.close()
+        if tries.kept is not None:
+            was, self.session_id = self.session_id, tries.kept.session_id
+            self._link.send(sessions.kill(str(was)))
+
+    def _copy(self, session_id: str) -> InstaVM:
+        copy = type(self).__new__(type(self))
+        Binding.__init__(copy, self._config)
+        copy._link = Link(self._config)
+        copy.vms = Manager(copy._link.send, vms.CALLS)
+        copy.snapshots = Manager(copy._link.send, snapshots.CALLS)
+        copy._bound(session_id)
+        return copy
+
+    def _vm_id(self) -> str:
+        return vm_of(self._link.send(sessions.info(self._session())))
 
     def stream(self, code: str, language: str = "python", timeout: float | None = None) -> Iterator[StreamEvent]:
         """Run `code` and yield what it prints and shows while it runs; the last event has the `result`.

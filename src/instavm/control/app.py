@@ -17,6 +17,7 @@ from instavm.control.api import (
     keys,
     processes,
     sessions,
+    snapshots,
     streams,
     tasks,
     users,
@@ -66,7 +67,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         redoc_url=None,
     )
     # looked through in this order
-    for part in (executions, sessions, tasks, files, streams, processes, vms, egress, health, users, keys):
+    for part in (executions, sessions, tasks, files, streams, processes, vms, snapshots, egress, health, users, keys):
         app.include_router(part.router)
     return app
 

@@ -18,6 +18,7 @@ from instavm.control.processes import Processes
 from instavm.control.quotas import Policy, Quotas
 from instavm.control.repeats import Repeats
 from instavm.control.sessions import Sessions
+from instavm.control.snapshots import Snapshots
 from instavm.control.store.database import Store
 from instavm.control.streams import Streams
 from instavm.control.tasks import Tasks
@@ -39,6 +40,7 @@ class Control:
     processes: Processes
     egress: Egresses
     repeats: Repeats
+    snapshots: Snapshots
 
     async def stop(self) -> None:
         """End every sandbox, take no new one, and return when nothing is left. Twice is fine."""
@@ -61,7 +63,8 @@ async def open_control(
     async with anyio.create_task_group() as tasks:
         vms = Vms(node, store.sessions, tasks)
         policy = policy or Policy()
-        sessions = Sessions(store, vms, Quotas(policy, vms, node.memory), policy.egress)
+        quotas = Quotas(policy, vms, node.memory)
+        sessions = Sessions(store, vms, quotas, node, policy.egress)
         executions = Executions(node, sessions)
         control = Control(
             node=node,
@@ -76,8 +79,10 @@ async def open_control(
             processes=Processes(node, sessions),
             egress=Egresses(store, sessions, vms),
             repeats=Repeats(store.repeats),
+            snapshots=Snapshots(node, store, sessions, quotas, tasks),
         )
         await reconcile(node, store, sessions)
+        await control.snapshots.give_up()
         await control.tasks.take_up()
         try:
             yield control

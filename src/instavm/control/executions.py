@@ -81,7 +81,7 @@ class Executions:
     async def _send(
         self, session: Session, vm: Vm, ask: Execute, on_output: OutputSink | None, task: str | None
     ) -> Outcome | None:
-        if not vm.usable:
+        if not vm.usable or vm.rest is not None or vm.at_rest:
             return None
         with anyio.CancelScope() as scope:
             vm.running.add(scope)
@@ -112,6 +112,13 @@ def _timeout_s(vm: Vm, asked: float | None) -> float:
 
 async def _lost(session: Session, vm: Vm, what: str) -> SessionEnded | OutcomeUnknown:
     """Why a command that was sent has no outcome, once it is known how its sandbox ended."""
+    if vm.rest is not None:
+        await vm.rest.over.wait()
+    if vm.at_rest:
+        return OutcomeUnknown(
+            f"{vm.id} of session {session.id} was suspended while the code ran: it goes on when the sandbox is resumed,"
+            " but nobody will be told its outcome"
+        )
     vm.ask_end(EndReason.CRASHED, what)
     await vm.gone.wait()
     if session.closed:

@@ -23,6 +23,10 @@ def new_vm_id() -> str:
     return "vm-" + "".join(secrets.choice(ALPHABET) for _ in range(VM_ID_LENGTH))
 
 
+def new_snapshot_id() -> str:
+    return "snap-" + "".join(secrets.choice(ALPHABET) for _ in range(VM_ID_LENGTH))
+
+
 def new_task_id() -> str:
     return "tsk_" + secrets.token_hex(12)
 

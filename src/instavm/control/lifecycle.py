@@ -13,13 +13,18 @@ from instavm.sandbox import EndReason
 class State(StrEnum):
     CREATING = "creating"
     ACTIVE = "active"
+    SUSPENDING = "suspending"
+    SUSPENDED = "suspended"
+    """At rest: nothing of it runs, all of it is on disk."""
     ENDING = "ending"
     ENDED = "ended"
 
 
 NEXT: Final[Mapping[State, frozenset[State]]] = {
     State.CREATING: frozenset({State.ACTIVE, State.ENDING}),
-    State.ACTIVE: frozenset({State.ENDING}),
+    State.ACTIVE: frozenset({State.SUSPENDING, State.ENDING}),
+    State.SUSPENDING: frozenset({State.ACTIVE, State.SUSPENDED, State.ENDING}),
+    State.SUSPENDED: frozenset({State.ENDING}),
     State.ENDING: frozenset({State.ENDED}),
     State.ENDED: frozenset(),
 }
@@ -32,6 +37,7 @@ WORD_OF_END: Final[Mapping[EndReason, str]] = {
     EndReason.CRASHED: "failed",
     EndReason.NODE_LOST: "failed",
     EndReason.SERVER_STOPPED: "terminated",
+    EndReason.RESUMED: "terminated",
 }
 assert WORD_OF_END.keys() == set(EndReason), "every reason needs a word"
 

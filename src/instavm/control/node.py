@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
+from instavm.errors import InstaVMError
 from instavm.sandbox import (
     Command,
     Egress,
@@ -18,8 +19,11 @@ from instavm.sandbox import (
     ProcessSpec,
     ProcessState,
     ProcessWait,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
 )
 
@@ -105,6 +109,44 @@ class Node(Protocol):
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         """Where it went and what was refused, bounded. Raises: SessionEnded."""
+        ...
+
+    async def suspend(self, vm_id: str) -> Stored:
+        """Put a sandbox to rest under its own id, memory and disk, and end it. When it raises, it runs as before.
+
+        Raises: SessionEnded, DiskFull, BootFailed, OutcomeUnknown (it was lost).
+        """
+        ...
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        """Start sandboxes that go on from where this one is, which goes on too; only ids and `env` of `specs` count.
+
+        Returns, in order: each as it came up, or why it did not. Raises: as `suspend`; then there is none.
+        """
+        ...
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        """The disk of a sandbox, which goes on, as an image of its own. Raises: as `suspend`; SnapshotError."""
+        ...
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        """An OCI image as the disk snapshot `name`. Nothing of it is run. Raises: SnapshotError, DiskFull, HostNotReady."""
+        ...
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        """Boot a disk snapshot with these sizes once, so that sandboxes of it start fast. Raises: as `start`."""
+        ...
+
+    async def stored(self) -> Mapping[str, Stored]:
+        """Everything at rest here, by the names that were given."""
+        ...
+
+    async def forget(self, name: str) -> None:
+        """Remove what is at rest under that name. Sandboxes that run are not touched. Unknown is fine."""
+        ...
+
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        """Remove what takes disk and is nobody's any more; what that was. Also done when something is forgotten, and at start."""
         ...
 
     async def adopted(self) -> Mapping[str, Started]:

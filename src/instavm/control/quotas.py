@@ -37,7 +37,13 @@ class Policy:
     @classmethod
     def of(cls, settings: Settings) -> Policy:
         return cls(
-            Quota(settings.quota_sandboxes, settings.quota_vcpus, settings.quota_memory_mib, settings.quota_lifetime_s),
+            Quota(
+                settings.quota_sandboxes,
+                settings.quota_vcpus,
+                settings.quota_memory_mib,
+                settings.quota_lifetime_s,
+                settings.quota_disk_mib,
+            ),
             settings.memory_overcommit,
             settings.memory_reserve_mib,
             settings.requests_per_s,
@@ -65,22 +71,33 @@ class Quotas:
         self._vms = vms
         self._memory = memory
 
-    def admit(self, tenant: Tenant, vcpus: int, memory_mib: int, lifetime_s: float) -> None:
-        """Raises: ForbiddenError (lifetime), QuotaExceededError, NoCapacity. The caller starts at once or not at all."""
+    def admit(self, tenant: Tenant, vcpus: int, memory_mib: int, lifetime_s: float, count: int = 1) -> None:
+        """Raises: ForbiddenError (lifetime), QuotaExceededError, NoCapacity. The caller starts all at once or none.
+
+        count: so many alike.
+        """
         quota = self.of(tenant)
         if quota.lifetime_s is not None and lifetime_s > quota.lifetime_s:
             raise ForbiddenError(f"vm lifetime cannot exceed {quota.lifetime_s}s")
         mine = [vm.spec for vm in self._vms.live() if vm.tenant_id == tenant.id and vm.usable]
         for what, limit, sum_with_it in (
-            ("sandboxes", quota.sandboxes, len(mine) + 1),
-            ("vCPUs", quota.vcpus, sum(spec.vcpus for spec in mine) + vcpus),
-            ("MB of memory", quota.memory_mib, sum(spec.memory_mib for spec in mine) + memory_mib),
+            ("sandboxes", quota.sandboxes, len(mine) + count),
+            ("vCPUs", quota.vcpus, sum(spec.vcpus for spec in mine) + count * vcpus),
+            ("MB of memory", quota.memory_mib, sum(spec.memory_mib for spec in mine) + count * memory_mib),
         ):
             if limit is not None and sum_with_it > limit:
                 raise QuotaExceededError(
                     f"this account may have {limit} {what} at one time, this would make {sum_with_it}"
                 )
-        self._host_can_bear(memory_mib)
+        self._host_can_bear(memory_mib, count)
+
+    def store(self, tenant: Tenant, has_bytes: int) -> None:
+        """Whether a tenant that has so much at rest may put more there. Raises: QuotaExceededError."""
+        limit = self.of(tenant).disk_mib
+        if limit is not None and has_bytes >> 20 >= limit:
+            raise QuotaExceededError(
+                f"this account may keep {limit} MB of snapshots and suspended sandboxes, it has {has_bytes >> 20}"
+            )
 
     def of(self, tenant: Tenant) -> Quota:
         """What holds for a tenant: its own numbers, else the server's."""
@@ -90,18 +107,19 @@ class Quotas:
             vcpus=default.vcpus if own.vcpus is None else own.vcpus,
             memory_mib=default.memory_mib if own.memory_mib is None else own.memory_mib,
             lifetime_s=default.lifetime_s if own.lifetime_s is None else own.lifetime_s,
+            disk_mib=default.disk_mib if own.disk_mib is None else own.disk_mib,
         )
 
-    def _host_can_bear(self, memory_mib: int) -> None:
+    def _host_can_bear(self, memory_mib: int, count: int) -> None:
         host, reserve = self._memory(), self._policy.memory_reserve_mib
-        promised = sum(vm.spec.memory_mib for vm in self._vms.live()) + memory_mib
+        promised = sum(vm.spec.memory_mib for vm in self._vms.live() if not vm.at_rest) + count * memory_mib
         bearable = int((host.total_mib - reserve) * self._policy.memory_overcommit)
         if promised > bearable:
             raise NoCapacity(
                 f"this host is full: {promised} MB would be promised to sandboxes, it bears {bearable}",
                 self._vms.next_end_s(),
             )
-        if host.available_mib < reserve + min(memory_mib, FIRST_PAGES_MIB):
+        if host.available_mib < reserve + count * min(memory_mib, FIRST_PAGES_MIB):
             raise NoCapacity(
                 f"this host is full: {host.available_mib} MB of its memory are left", self._vms.next_end_s()
             )

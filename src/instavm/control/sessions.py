@@ -13,15 +13,18 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import anyio
+
 from instavm.control.ids import new_session_id
 from instavm.control.lifecycle import State
+from instavm.control.node import Node
 from instavm.control.quotas import Quotas
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, Usage, VmRow
 from instavm.control.vms import Vm, Vms
-from instavm.errors import HostNotReady, NotFound, SessionEnded, SessionNotFound
-from instavm.sandbox import NOTHING, Egress, EndReason, Started
+from instavm.errors import Conflict, HostNotReady, NotFound, SessionEnded, SessionNotFound, SessionSuspended
+from instavm.sandbox import NOTHING, Egress, EndReason, Started, Stored
 from instavm.wire.sessions import CreateSession
 from instavm.wire.vms import CreateVm
 
@@ -39,10 +42,14 @@ class Session:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     vm: Vm | None = None
     past: VmRow | None = None
+    awake: anyio.Event = field(default_factory=anyio.Event)
+    """Set when a sandbox at rest is brought back, or killed."""
     tenant: Tenant | None = None
     """Whose it is, as the latest caller was known."""
     egress: Egress | None = None
     """What its next sandbox may reach; None = what the server's default is."""
+    resting_egress: Egress | None = None
+    """What its sandbox at rest could reach, when it was put to rest by an earlier server."""
 
     @property
     def id(self) -> str:
@@ -53,8 +60,21 @@ class Session:
         return self.row.closed_at is not None
 
     def latest(self) -> VmRow | None:
-        """Its latest sandbox: running, coming up, or ended."""
-        return self.past if self.vm is None else self.vm.row()
+        """Its latest sandbox: running, coming up, at rest, or ended."""
+        return self.at_rest() or (self.past if self.vm is None else self.vm.row())
+
+    def at_rest(self) -> VmRow | None:
+        """Its sandbox, if that is suspended: also one that was to go on from it and did not come up is no more."""
+        if self.vm is None:
+            return self.past if self.past is not None and self.past.state is State.SUSPENDED else None
+        if self.vm.at_rest:
+            return self.vm.row()
+        return self.vm.resumes if self.vm.up_since is None and not self.vm.usable else None
+
+    def wake(self) -> None:
+        """Tell those who wait for a sandbox at rest to look again."""
+        self.awake.set()
+        self.awake = anyio.Event()
 
     def count(self, execution_time_s: float, cpu_time_s: float) -> None:
         """Add one execution to the usage."""
@@ -76,17 +96,22 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, store: Store, vms: Vms, quotas: Quotas, default_egress: Egress = NOTHING) -> None:
+    def __init__(self, store: Store, vms: Vms, quotas: Quotas, node: Node, default_egress: Egress = NOTHING) -> None:
         self._store = store
         self._rows = store.sessions
         self._vms = vms
         self._quotas = quotas
         self._default_egress = default_egress
+        self._forget = node.forget
+        self._stored = node.stored
         self._known: dict[str, Session] = {}
 
-    async def create(self, tenant: Tenant, ask: CreateSession | CreateVm, session_id: str | None = None) -> Session:
+    async def create(
+        self, tenant: Tenant, ask: CreateSession | CreateVm, session_id: str | None = None, image: str | None = None
+    ) -> Session:
         """Make a session, let its sandbox begin to boot, and return as soon as both are recorded.
 
+        image: the id of a disk snapshot that the caller may use; None = the default image.
         session_id: set aside for it; when a server that is no more has made it already, it is that one.
         Raises: ForbiddenError, QuotaExceededError, NoCapacity; then nothing was made.
         """
@@ -101,7 +126,7 @@ class Sessions:
             lifetime_s=ask.vm_lifetime_seconds,
             vcpus=ask.vcpu_count,
             memory_mib=ask.memory_mb,
-            image="default",
+            image="default" if image is None else image,
             metadata=ask.metadata,
             env_keys=tuple(sorted(ask.env)),
             options=ask.options() if isinstance(ask, CreateVm) else {},
@@ -133,7 +158,10 @@ class Sessions:
         found = await self._rows.by_vm(tenant.id, vm_id)
         if found is None:
             raise NotFound(f"there is no VM {vm_id[:80]}")
-        return await self.get(tenant, found[0].id), found[1]
+        session = await self.get(tenant, found[0].id)
+        if found[1].why is EndReason.RESUMED and (latest := session.latest()) is not None:
+            return session, latest  # the old id stays good for what it has become
+        return session, session.at_rest() or found[1]
 
     async def all_vms(self, tenant: Tenant, limit: int) -> list[tuple[SessionRow, VmRow]]:
         """Every sandbox a tenant ever had, newest first."""
@@ -143,6 +171,8 @@ class Sessions:
         """Replace the metadata (None = leave it) and set options; recorded when it returns."""
         kept = session.row.metadata if metadata is None else metadata
         session.row = replace(session.row, metadata=kept, options={**session.row.options, **options})
+        if session.vm is not None:
+            session.vm.auto_suspend = bool(session.row.options.get("auto_suspend"))
         await self._store.journal.written(self._rows.relabel(session.row))
 
     async def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
@@ -173,9 +203,16 @@ class Sessions:
         return self._default_egress if session.egress is None else session.egress
 
     def keep_egress(self, session: Session, egress: Egress) -> int:
-        """What its next sandboxes may reach. Returns: the journal's mark."""
-        session.egress = egress
+        """What its next sandboxes may reach, and one at rest. Returns: the journal's mark."""
+        session.egress, session.resting_egress = egress, None
+        if session.vm is not None and session.vm.at_rest:
+            session.vm.egress = egress
         return self._store.egress.put(session.id, egress)
+
+    async def resting(self, session_id: str) -> Session | None:
+        """A session whose sandbox is suspended."""
+        session = self._known.get(session_id) or await self._recall(None, session_id)
+        return session if session is not None and session.at_rest() is not None else None
 
     def begin(self, session: Session) -> Vm:
         """The session's sandbox, up or coming up; a new one when the last one ended.
@@ -183,6 +220,12 @@ class Sessions:
         Raises: SessionEnded (killed); QuotaExceededError, NoCapacity.
         """
         self._refuse_closed(session)
+        if (rest := session.at_rest()) is not None:
+            if not session.row.options.get("auto_resume"):
+                raise SessionSuspended(
+                    f"the sandbox of session {session.id} is suspended: resume {rest.id}, or set auto_resume"
+                )
+            return self._respawn(session, rest)
         vm = session.vm
         return self._respawn(session) if vm is None or not vm.usable else vm
 
@@ -190,9 +233,90 @@ class Sessions:
         """The session's sandbox, ready for code. Starts a new one when the last one ended and nobody killed
         it.
 
-        Raises: SessionEnded (killed); BootFailed, NoCapacity, HostNotReady, DiskFull.
+        Raises: SessionEnded (killed); SessionSuspended; BootFailed, NoCapacity, HostNotReady, DiskFull.
         """
-        vm = self.begin(session)
+        await _rested(session)
+        return await self._settled(session, self.begin(session))
+
+    async def suspend(self, session: Session) -> tuple[VmRow, Stored | None]:
+        """Put the session's sandbox to rest; it goes on under another id when it is resumed. At rest already is fine.
+
+        Raises: SessionEnded, Conflict (there is none), DiskFull, QuotaExceededError, BootFailed; then it runs as before.
+        """
+        if session.at_rest() is None:
+            self._refuse_closed(session)
+            vm = session.vm
+            if vm is None or not vm.usable:
+                raise Conflict(f"session {session.id} has no sandbox that could be suspended")
+            await vm.settled.wait()
+            if session.tenant is not None:
+                self._quotas.store(session.tenant, await self.at_rest_bytes(session.tenant))
+            rest = vm.ask_rest()
+            await rest.over.wait()
+            if rest.error is not None:
+                raise rest.error.with_traceback(None)
+            await vm.gone.wait()
+            await self._store.journal.written()
+            return vm.row(), rest.stored
+        row = session.latest()
+        assert row is not None
+        return row, None
+
+    async def resume(self, session: Session, *, wait: bool = True) -> Vm:
+        """Bring the session's sandbox back; one that is up is fine.
+
+        Raises: as `ready`; CorruptSnapshot; Conflict (there is none to resume).
+        """
+        await _rested(session)
+        self._refuse_closed(session)
+        rest, vm = session.at_rest(), session.vm
+        if rest is not None:
+            vm = self._respawn(session, rest)
+        if vm is None or not vm.usable:
+            raise Conflict(f"session {session.id} has no suspended sandbox")
+        return await self._settled(session, vm) if wait else vm
+
+    async def fork(self, tenant: Tenant, session: Session, count: int, env: Mapping[str, str]) -> list[Session]:
+        """Copies of a sandbox that goes on, memory and disk, each in a session of its own; all of them, or none.
+
+        Raises: as `ready`; QuotaExceededError, NoCapacity.
+        """
+        parent = await self.ready(session)
+        row = session.row
+        self._quotas.admit(tenant, row.vcpus, row.memory_mib, row.lifetime_s, count)
+        now, both = datetime.now(UTC), {**session.env, **env}
+        rows = [
+            replace(
+                row, id=new_session_id(), created_at=now, closed_at=None, usage=Usage(), env_keys=tuple(sorted(both))
+            )
+            for _ in range(count)
+        ]
+        children = [Session(one, both, tenant=tenant) for one in rows]
+        for one in children:
+            self._rows.add(one.row)
+            self._remember(one)
+        for one, vm in zip(
+            children, self._vms.fork(parent, [(one, both) for one in rows], self._default_egress), strict=True
+        ):
+            one.vm = vm
+        try:
+            for one in children:
+                assert one.vm is not None
+                await self._settled(one, one.vm)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                for one in children:
+                    await self.kill(one)
+            raise
+        await self._store.journal.written()
+        return children
+
+    async def at_rest_bytes(self, tenant: Tenant) -> int:
+        """What a tenant's suspended sandboxes and snapshots take on disk."""
+        mine = await self._rows.resting(tenant.id) | await self._store.snapshots.ids(tenant.id)
+        return sum(one.own_bytes + one.shared_bytes for name, one in (await self._stored()).items() if name in mine)
+
+    async def _settled(self, session: Session, vm: Vm) -> Vm:
         await vm.settled.wait()
         self._refuse_closed(session)
         if vm.error is not None:
@@ -208,6 +332,13 @@ class Sessions:
             if vm is not None:
                 vm.ask_end(EndReason.KILLED)
             await self._store.journal.written(mark)
+            if vm is not None and vm.rest is not None:
+                await vm.rest.over.wait()
+            elif (rest := session.at_rest()) is not None:
+                await self._forget(rest.id)
+                self._rows.lose_vm(rest, EndReason.KILLED, "killed while it was suspended")
+                session.vm, session.past = None, replace(rest, state=State.ENDED, why=EndReason.KILLED)
+            session.wake()
         if vm is not None:
             await vm.gone.wait()
         latest = session.latest()
@@ -227,26 +358,42 @@ class Sessions:
             if session.row.tenant_id == tenant.id
             and session.vm is not None
             and session.vm.usable
+            and not session.vm.at_rest
             and contains(session.row.metadata, wanted)
         )
         return [session for session, _ in zip(mine, range(limit), strict=False)]
 
-    def _respawn(self, session: Session) -> Vm:
+    def _respawn(self, session: Session, resumes: VmRow | None = None) -> Vm:
         if session.vm is not None:
             usage = replace(session.row.usage, vm_seconds=session.usage().vm_seconds)
             session.row = replace(session.row, usage=usage)
         row = session.row
         if session.tenant is not None:
             self._quotas.admit(session.tenant, row.vcpus, row.memory_mib, row.lifetime_s)
-        session.vm = self._vms.spawn(row, session.env, self.egress(session))
+        egress = self._egress_of_next(session, resumes)
+        session.vm = self._vms.spawn(row, session.env, egress, resumes=resumes)
+        if resumes is not None:
+            self._store.egress.put(session.vm.id, egress)
         self._remember(session)
+        session.wake()
         return session.vm
 
-    async def _recall(self, tenant: Tenant, session_id: str) -> Session | None:
-        found = await self._rows.load(tenant.id, session_id)
+    def _egress_of_next(self, session: Session, resumes: VmRow | None) -> Egress:
+        """One that goes on from where it was may reach what it could."""
+        if resumes is None or (session.vm is None and session.resting_egress is None):
+            return self.egress(session)
+        return session.vm.egress if session.vm is not None else session.resting_egress or NOTHING
+
+    async def _recall(self, tenant: Tenant | None, session_id: str) -> Session | None:
+        """From the store, if it is this tenant's; None = whoever's it is."""
+        found = await self._rows.load(None if tenant is None else tenant.id, session_id)
         if found is None:
             return None
-        session = Session(found[0], past=found[1], egress=(await self._store.egress.of([session_id])).get(session_id))
+        row, past = found
+        kept = await self._store.egress.of([session_id, *([] if past is None else [past.id])])
+        session = Session(row, past=past, egress=kept.get(session_id))
+        if past is not None:
+            session.resting_egress = kept.get(past.id)
         if session.closed:
             return session
         self._remember(self._known.get(session_id) or session)
@@ -275,6 +422,12 @@ def contains(have: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         )
         for key, value in wanted.items()
     )
+
+
+async def _rested(session: Session) -> None:
+    """Wait until a sandbox that is being put to rest is there, or goes on."""
+    while session.vm is not None and session.vm.rest is not None:
+        await session.vm.rest.over.wait()
 
 
 def _canonical(session_id: str) -> str:

@@ -99,7 +99,11 @@ class Tasks:
         """Tasks of a server that is no more: those whose sandbox lives on are waited for again. Called once, at first."""
         for row in await self._rows.unfinished():
             session = self._sessions.adopted(row.session_id)
-            if session is None or session.vm is None or session.vm.id != row.vm_id:
+            resting = await self._sessions.resting(row.session_id)
+            if resting is not None and row.vm_id is not None:
+                self._under_way[row.id] = row
+                self._tasks.start_soon(self._rest, resting, row, name=row.id)
+            elif session is None or session.vm is None or session.vm.id != row.vm_id:
                 self._rows.change(_ended(row, "killed", reason="node_lost", stderr=_LOST))
             else:
                 self._under_way[row.id] = row
@@ -116,6 +120,38 @@ class Tasks:
                 self._rows.change(_ended(row, "killed", reason=why, stderr=f"[instavm] {exc}\n"))
         finally:
             del self._under_way[row.id]
+
+    async def _rest(self, session: Session, row: TaskRow) -> None:
+        """A task whose sandbox was put to rest by a server before this one."""
+        ended = await self._after_rest(session, row)
+        if ended is not None:
+            self._rows.change(ended)
+        del self._under_way[row.id]
+
+    async def _after_rest(self, session: Session, row: TaskRow) -> TaskRow | None:
+        """Wait until its sandbox is brought back, and then for its end. Returns: None when the server goes before that."""
+        while True:
+            while session.at_rest() is not None and not session.closed:
+                await session.awake.wait()
+                if session.vm is not None:
+                    await session.vm.settled.wait()
+            vm = session.vm
+            if session.closed or vm is None:
+                return _ended(
+                    row, "killed", reason="killed", stderr="[instavm] its sandbox was killed while it was suspended\n"
+                )
+            row = self._under_way[row.id] = replace(row, vm_id=vm.id)
+            self._rows.change(row)
+            try:
+                outcome = await self._executions.rejoin(session, vm, row.language, row.id)
+                lost = _ended(row, "killed", reason="node_lost", stderr=_LOST)
+                return lost if outcome is None else _finished(row, outcome)
+            except InstaVMError as exc:
+                if vm.at_rest:
+                    continue
+                if vm.lifecycle.why is None and vm.gone.is_set():
+                    return None
+                return _ended(row, "killed", reason=str(vm.lifecycle.why or exc.code), stderr=f"[instavm] {exc}\n")
 
     async def _run(self, tenant: Tenant, session: Session, row: TaskRow, ask: ExecuteAsync) -> None:
         try:
@@ -147,6 +183,8 @@ class Tasks:
                 return replace(ended, status="killed", reason=str(vm.asked_why))
             return ended
         except (SessionEnded, OutcomeUnknown) as exc:
+            if vm is not None and vm.at_rest:
+                return await self._after_rest(session, row)
             if vm is not None and vm.lifecycle.why is None and vm.gone.is_set():
                 return None
             why = None if vm is None else vm.lifecycle.why

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -15,11 +15,12 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from instavm.control.copies import Birth, Copies, Rest
 from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, InstaVMError, ServerStopping, SessionEnded
+from instavm.errors import BootFailed, InstaVMError, OutcomeUnknown, ServerStopping, SessionEnded
 from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, SandboxSpec, Started
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,14 @@ class Vm:
     up_until: float | None = None
     error: InstaVMError | None = None
     """Why the boot failed."""
+    resumes: VmRow | None = None
+    """The sandbox at rest that it goes on from."""
+    birth: Birth | None = None
+    """How it comes up, if it is not simply started."""
+    auto_suspend: bool = False
+    """What the end of its lifetime means: rest."""
+    rest: Rest | None = None
+    """It is being put to rest, or is."""
     settled: anyio.Event = field(default_factory=anyio.Event)
     gone: anyio.Event = field(default_factory=anyio.Event)
     python: anyio.Lock = field(default_factory=anyio.Lock)
@@ -63,6 +72,7 @@ class Vm:
     asked: anyio.Event = field(default_factory=anyio.Event)
     asked_why: EndReason | None = None
     asked_detail: str | None = None
+    asked_rest: bool = False
 
     @property
     def id(self) -> str:
@@ -72,6 +82,17 @@ class Vm:
     def usable(self) -> bool:
         """True while commands may be sent to it, now or soon: it is not ending, and nobody asked it to."""
         return self.lifecycle.why is None and self.asked_why is None
+
+    @property
+    def at_rest(self) -> bool:
+        return self.lifecycle.state is State.SUSPENDED
+
+    def ask_rest(self) -> Rest:
+        """Have it put to rest. Several who ask wait for the same."""
+        if self.rest is None:
+            self.rest, self.asked_rest = Rest(), True
+            self.asked.set()
+        return self.rest
 
     def ask_end(self, why: EndReason, detail: str | None = None) -> None:
         """Have it ended. The first one to ask gives the reason."""
@@ -159,6 +180,7 @@ class Vms:
         """Take over a sandbox that an earlier server started. Across servers only the wall clock goes on."""
         spec = SandboxSpec(row.id, session.vcpus, session.memory_mib, session.image)
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, row.created_at)
+        vm.auto_suspend = bool(session.options.get("auto_suspend"))
         vm.started, vm.started_at = started, row.started_at or row.created_at
         vm.up_since = time.monotonic() - max(0.0, (datetime.now(UTC) - vm.started_at).total_seconds())
         vm.start_told = True
@@ -166,21 +188,44 @@ class Vms:
         if row.state is State.CREATING:  # the last server was killed before it could write that it is up
             self._move(vm, State.ACTIVE)
         else:
-            vm.lifecycle = Lifecycle(State.ACTIVE)
+            vm.lifecycle = Lifecycle(row.state)
+            if row.state is State.SUSPENDING:
+                self._move(vm, State.ACTIVE)
         vm.settled.set()
         self._tasks.start_soon(self._life, vm, name=vm.id)
         return vm
 
-    def spawn(self, session: SessionRow, env: Mapping[str, str], egress: Egress = NOTHING) -> Vm:
-        """Begin to boot a sandbox and return at once. Raises: ServerStopping."""
+    def spawn(
+        self,
+        session: SessionRow,
+        env: Mapping[str, str],
+        egress: Egress = NOTHING,
+        *,
+        resumes: VmRow | None = None,
+        birth: Birth | None = None,
+    ) -> Vm:
+        """Begin to boot a sandbox and return at once. Raises: ServerStopping.
+
+        resumes: it goes on from that one, which is at rest. birth: how it comes up instead of being started.
+        """
         if self._stopping:
             raise ServerStopping("the server is stopping; start it again and repeat the call")
-        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env, egress)
+        saved = None if resumes is None else resumes.id
+        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env, egress, saved)
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC), egress=egress)
+        vm.resumes, vm.birth = resumes, birth
+        vm.auto_suspend = bool(session.options.get("auto_suspend"))
         self._live[vm.id] = vm
         self._rows.add_vm(vm.row())
         self._tasks.start_soon(self._life, vm, name=vm.id)
         return vm
+
+    def fork(self, parent: Vm, sessions: Sequence[tuple[SessionRow, Mapping[str, str]]], egress: Egress) -> list[Vm]:
+        """Begin to copy a sandbox that is up, once for each session, and return at once. Raises: as `spawn`."""
+        copies = Copies(self._node, parent.id)
+        children = [self.spawn(session, env, egress, birth=copies.born) for session, env in sessions]
+        self._tasks.start_soon(copies.make, [child.spec for child in children], name=f"copies of {parent.id}")
+        return children
 
     async def end_all(self, why: EndReason) -> None:
         """End every sandbox, accept no new one, and wait until nothing is left."""
@@ -194,7 +239,7 @@ class Vms:
         """Let go of every sandbox that is up, for the next server to adopt; end those that are coming up or going down."""
         self._stopping = self._leaving = True
         for vm in list(self._live.values()):
-            if vm.lifecycle.state is State.ACTIVE and vm.usable:
+            if vm.lifecycle.state is State.ACTIVE and vm.usable and vm.rest is None:
                 vm.life.cancel()
             else:
                 vm.ask_end(EndReason.SERVER_STOPPED)
@@ -210,21 +255,64 @@ class Vms:
         try:
             with vm.life:
                 if vm.started is not None or await self._boot(vm):
-                    with anyio.move_on_after(vm.remaining_s()):
-                        await vm.asked.wait()
-                    vm.ask_end(EndReason.LIFETIME)
-                self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
+                    if vm.resumes is not None:
+                        await self._replace(vm, vm.resumes)
+                    while vm.asked_why is None and vm.lifecycle.state is State.ACTIVE:
+                        await self._until_asked(vm)
+                if vm.lifecycle.state is State.SUSPENDED and vm.asked_why is EndReason.KILLED:
+                    await self._node.forget(vm.id)
+                if vm.lifecycle.state is not State.SUSPENDED or vm.asked_why is EndReason.KILLED:
+                    self._move(vm, State.ENDING, vm.asked_why, vm.asked_detail)
         except Exception:
             log.exception("the task of %s failed", vm.id)
         finally:
             with anyio.CancelScope(shield=True):
-                if vm.life.cancelled_caught and self._leaving:
+                if vm.lifecycle.state is State.SUSPENDED or (vm.life.cancelled_caught and self._leaving):
                     self._let_go(vm)
                 else:
                     await self._remove(vm)
 
+    async def _until_asked(self, vm: Vm) -> None:
+        """Until somebody asks for its end or its rest, or its lifetime does. Put to rest it may be when this returns."""
+        with anyio.move_on_after(vm.remaining_s()) as lifetime:
+            await vm.asked.wait()
+        if lifetime.cancelled_caught and vm.auto_suspend and vm.rest is None:
+            vm.ask_rest()
+        if vm.asked_why is None and vm.rest is not None:
+            await self._put_to_rest(vm, vm.rest)
+        if lifetime.cancelled_caught and vm.lifecycle.state is State.ACTIVE:
+            vm.ask_end(EndReason.LIFETIME)
+
+    async def _put_to_rest(self, vm: Vm, rest: Rest) -> None:
+        self._move(vm, State.SUSPENDING)
+        try:
+            rest.stored = await self._node.suspend(vm.id)
+        except (SessionEnded, OutcomeUnknown) as exc:
+            rest.error = exc
+            vm.ask_end(EndReason.CRASHED, str(exc))
+        except InstaVMError as exc:
+            rest.error = exc
+        except Exception:
+            log.exception("putting %s to rest failed in a way that the node does not know", vm.id)
+            rest.error = BootFailed(f"{vm.id} could not be put to rest: internal error")
+        vm.rest, vm.asked_rest = None, False
+        if rest.error is None:
+            vm.up_until = time.monotonic()
+            self._move(vm, State.SUSPENDED)
+        else:
+            log.warning("%s could not be put to rest: %s", vm.id, rest.error)
+            if vm.asked_why is None:
+                vm.asked = anyio.Event()
+                self._move(vm, State.ACTIVE)
+        rest.over.set()
+
+    async def _replace(self, vm: Vm, was: VmRow) -> None:
+        """It goes on from one that was at rest: that one is over, and what was stored of it goes."""
+        self._rows.lose_vm(was, EndReason.RESUMED, f"it goes on as {vm.id}")
+        await self._node.forget(was.id)
+
     def _let_go(self, vm: Vm) -> None:
-        """It lives on, without us."""
+        """It lives on, without us; or rests."""
         del self._live[vm.id]
         vm.gone.set()
         for scope in vm.running:
@@ -234,7 +322,7 @@ class Vms:
         """Returns: whether it is active now; if not, somebody asked for its end or the boot itself did."""
         with vm.boot:
             try:
-                vm.started = await self._node.start(vm.spec)
+                vm.started = await (vm.birth or self._node.start)(vm.spec)
             except InstaVMError as exc:
                 vm.error = exc
             except Exception:

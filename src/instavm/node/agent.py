@@ -258,6 +258,15 @@ class Agent:
         """Variables for everything that starts from now on. Raises as `execute`."""
         await self._ask(frames.STAGE_ENV, {"env": env}, None)
 
+    async def freeze(self) -> None:
+        """Hold the guest's disk still: all is written, nobody writes. Raises as `execute`."""
+        await self._ask(frames.FREEZE, {}, None)
+
+    async def thaw(self) -> bool:
+        """Returns: whether it was held still until now; after some seconds the guest lets go by itself."""
+        request = await self._ask(frames.THAW, {}, None)
+        return request.answer is not None and request.answer.get("held") is True
+
     @asynccontextmanager
     async def exchange(self, request: Request) -> AsyncIterator[int]:
         """A number for a request of more than one frame; what has not ended with the block is cancelled.

@@ -61,25 +61,36 @@ def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
     Only with the state directory's lock held.
     """
     folder = state_dir / "machines"
-    ended = []
-    for process in vmm_processes(folder):
-        if _machine(process, folder) in keep:
-            continue
-        try:
-            pidfd = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if process.is_running():  # the number still means the process that was looked at
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                process.wait(10)
-                ended.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-        finally:
-            os.close(pidfd)
+    ended = [
+        process.pid for process in vmm_processes(folder) if _machine(process, folder) not in keep and _end(process)
+    ]
     if folder.is_dir():
         for home in folder.iterdir():
             if home.name not in keep:
                 shutil.rmtree(home, ignore_errors=True)
     return ended
+
+
+def remove_unfinished(folder: Path) -> None:
+    """A template that was being made in `folder` when its maker was killed: end the machine that was booted, remove the rest."""
+    for process in vmm_processes(folder):
+        _end(process)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: psutil.Process) -> bool:
+    """Kill it and wait for it. Returns: whether it was still there."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if not process.is_running():  # the number means another process by now
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        process.wait(10)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+    finally:
+        os.close(pidfd)
+    return True

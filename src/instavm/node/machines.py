@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,11 +27,13 @@ import anyio.abc
 from instavm.errors import DiskFull, InstaVMError
 from instavm.node import identity
 from instavm.node.agent import Agent
+from instavm.node.layers import Layers, overlay
 from instavm.node.network.guard import Network, Networks
 from instavm.node.network.policy import Registry
 from instavm.node.registries import from_json
+from instavm.node.snapshots import pin
 from instavm.node.templates import Template
-from instavm.node.vmm.base import Driver, Machine
+from instavm.node.vmm.base import Driver, Machine, Saved
 from instavm.sandbox import Command
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ QUIET_S = 0.4
 ADOPT_S = 8.0
 RECORD = "sandbox.json"
 
-Stage = Literal["machine", "spare_machine", "warm_machine"]
+SYNC_S = 10.0
+"""How long the agent of a machine that was saved while it ran may take to speak again."""
+
+Stage = Literal["machine", "spare_machine", "warm_machine", "saved_machine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Record:
     vm_id: str
     cold: bool
     steps_ms: dict[str, float]
+    template: str = ""
+    """Empty in notes of versions that did not write it down: such a machine runs on, but can't be saved."""
     registries: list[list[Any]] = field(default_factory=list)
 
 
@@ -76,17 +83,30 @@ class Prepared:
     home: Path
     machine: Machine
     agent: Agent
+    template: str
+    """The key of what its memory is mapped from."""
+    listen: Callable[[], None]
+    """Begins to read what its agent says."""
     network: Network | None = None
     registries: tuple[Registry, ...] = ()
     """Of the template that it was made of."""
     stage: Stage = "machine"
 
     async def run(self) -> None:
-        """Let the guest run: restored now, or going on from where it waits. Raises BootFailed."""
+        """Let the guest run: restored now, or going on from where it waits. Raises BootFailed, OutcomeUnknown, TimeoutError."""
         if self.stage == "warm_machine":
             await self.machine.resume()
         else:
             await self.machine.load()
+        if self.stage == "saved_machine":  # in the middle of whatever it was saying to somebody else
+            await self.agent.sync(SYNC_S)
+            self.listen()
+
+    @property
+    def disk(self) -> Path:
+        """The uppermost layer: the only one that is written to."""
+        (found,) = self.home.glob("disk*.qcow2")
+        return found
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -120,6 +140,8 @@ class Shelf:
     """Sandboxes asked for per second, averaged over DEMAND_MEMORY_S."""
     asked_at: float = 0.0
     refill_s: float = 0.5
+    over: bool = False
+    """Its image is gone."""
 
     def asked(self, now: float) -> None:
         self.rate = self.demand(now) + 1 / DEMAND_MEMORY_S
@@ -142,6 +164,7 @@ class Machines:
         warm_memory_mib: int,
     ) -> None:
         self.folder = state_dir / "machines"
+        self._layers = Layers(state_dir)
         self._driver = driver
         self._networks = networks
         self._spares_wanted = spares
@@ -180,7 +203,29 @@ class Machines:
         """The machines that wait, of all templates."""
         return [ready for shelf in self._shelves.values() for ready in (*shelf.warm, *shelf.spare)]
 
-    async def adopt(self, pid: int, home: Path) -> Prepared:
+    async def restore(self, template: Template, saved: Saved, disk: str, owner: Path) -> Prepared:
+        """A machine that goes on where `saved` was, on an overlay on the layer `disk`; its layers are those of `owner`.
+
+        The caller closes it. Raises BootFailed, HostNotReady, DiskFull.
+        """
+
+        def furnish(home: Path) -> None:
+            self._layers.share(owner, home)
+            overlay(template.blank, self._layers.path(disk), home / "disk.qcow2")
+
+        return await self._make(template, saved, furnish, "saved_machine", background=False)
+
+    async def drop(self, key: str) -> None:
+        """Nothing is started from this template any more: end what waits for that."""
+        if (shelf := self._shelves.get(key)) is not None:
+            shelf.over = True
+            shelf.changed.set()
+            for ready in (*shelf.warm, *shelf.spare):
+                await ready.aclose()
+            shelf.warm.clear()
+            shelf.spare.clear()
+
+    async def adopt(self, pid: int, home: Path, template: str) -> Prepared:
         """A machine that an earlier server left running in `home`. Raises BootFailed, OutcomeUnknown, TimeoutError."""
         machine = await self._driver.adopt(pid, home)
         try:
@@ -189,7 +234,8 @@ class Machines:
             self._lines.start_soon(agent.run)
             record = read_record(home)
             registries = () if record is None else from_json(record.registries)
-            return Prepared(home, machine, agent, await self._networks.adopt(pid), registries)
+            network = await self._networks.adopt(pid)
+            return Prepared(home, machine, agent, template, _nothing, network, registries)
         except BaseException:
             await machine.aclose()
             raise
@@ -201,7 +247,7 @@ class Machines:
         return self._shelves[template.key]
 
     async def _keep(self, template: Template, shelf: Shelf) -> None:
-        while True:
+        while not shelf.over:
             shelf.changed = anyio.Event()
             with anyio.move_on_after(QUIET_S):
                 await shelf.changed.wait()
@@ -248,12 +294,21 @@ class Machines:
         return ready
 
     async def _prepare(self, template: Template, *, background: bool) -> Prepared:
+        def furnish(home: Path) -> None:
+            shutil.copyfile(template.blank, home / "disk.qcow2")
+            (home / "disk.qcow2").chmod(0o600)
+
+        return await self._make(template, template.saved, furnish, "machine", background=background)
+
+    async def _make(
+        self, template: Template, saved: Saved, furnish: Callable[[Path], None], stage: Stage, *, background: bool
+    ) -> Prepared:
         home = self.folder / secrets.token_hex(6)
         try:
-            await anyio.to_thread.run_sync(make_home, home, template)
-            network = await self._networks.make(template.registries)
+            await anyio.to_thread.run_sync(make_home, home, template, furnish)
+            network = await self._networks.make(template.registries) if saved.spec.network else None
             try:
-                return await self._start(template, home, network, background=background)
+                return await self._start(template, saved, home, network, stage, background=background)
             except BaseException:
                 if network is not None:
                     await network.aclose()
@@ -263,34 +318,51 @@ class Machines:
                 await anyio.to_thread.run_sync(remove_home, home)
             raise
 
-    async def _start(self, template: Template, home: Path, network: Network | None, *, background: bool) -> Prepared:
+    async def _start(
+        self,
+        template: Template,
+        saved: Saved,
+        home: Path,
+        network: Network | None,
+        stage: Stage,
+        *,
+        background: bool,
+    ) -> Prepared:
         tap = None if network is None else network.tap
-        disk = home / "disk.qcow2"
-        machine = await self._driver.prepare(template.saved, disk, home, background=background, tap=tap)
+        machine = await self._driver.prepare(saved, home / "disk.qcow2", home, background=background, tap=tap)
         try:
             if network is not None:
                 network.space.close_tap()
             agent = Agent(await machine.dial())
-            self._lines.start_soon(agent.run)
-            return Prepared(home, machine, agent, network, template.registries)
+
+            def listen() -> None:
+                self._lines.start_soon(agent.run)
+
+            if stage != "saved_machine":
+                listen()
+            return Prepared(home, machine, agent, template.key, listen, network, template.registries, stage)
         except BaseException:
             await machine.aclose()
             raise
 
 
-def make_home(home: Path, template: Template) -> None:
-    """A machine's own folder with its own disk. Raises DiskFull."""
+def make_home(home: Path, template: Template, furnish: Callable[[Path], None]) -> None:
+    """A machine's own folder; `furnish` puts its disk there. Raises DiskFull."""
     try:
         free = shutil.disk_usage(home.parent).free
         if free < FREE_BYTES_MIN:
             raise DiskFull(f"{home.parent}: {free >> 20} MiB free, a sandbox needs at least {FREE_BYTES_MIN >> 20}")
         home.mkdir(mode=0o700)
-        shutil.copyfile(template.blank, home / "disk.qcow2")
-        (home / "disk.qcow2").chmod(0o600)
+        furnish(home)
+        pin(template.folder, home)
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{home.parent}: no space left for a sandbox") from exc
         raise
+
+
+def _nothing() -> None:
+    """Its agent is listened to already."""
 
 
 def remove_home(home: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 import anyio
@@ -14,20 +15,25 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from instavm.errors import (
     BootFailed,
-    GuestProtocolError,
+    CorruptSnapshot,
+    CorruptTemplate,
     HostNotReady,
     InstaVMError,
     NoCapacity,
-    OutcomeUnknown,
     SessionEnded,
 )
 from instavm.node import files, identity, inventory, memory, processes
 from instavm.node.agent import Agent
+from instavm.node.images import oci, rootfs
 from instavm.node.images.store import Image, ImageStore
+from instavm.node.layers import DEEP, Layers, held
+from instavm.node.live import Sandbox, Steps, told
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
 from instavm.node.registries import to_json
-from instavm.node.templates import Templates
+from instavm.node.saving import Copy, Saving
+from instavm.node.snapshots import Snapshots
+from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
@@ -45,43 +51,16 @@ from instavm.sandbox import (
     ProcessSpec,
     ProcessState,
     ProcessWait,
+    Pull,
+    Pulled,
     SandboxSpec,
     Started,
+    Stored,
     StoredFile,
 )
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-class Steps:
-    """How long each step of a start took, in milliseconds, in order."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.ms: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self.ms[name] = round((now - self._last) * 1000, 3)
-        self._last = now
-
-
-class Sandbox:
-    """One that is live: its agent, and how it is told to end."""
-
-    def __init__(self, vm_id: str, prepared: Prepared) -> None:
-        self.vm_id = vm_id
-        self.prepared = prepared
-        self.agent = prepared.agent
-        self.stop = anyio.Event()
-        self.gone = anyio.Event()
-        self.why: str | None = None
-
-    def lost(self, why: str) -> None:
-        """It can't go on; the reason is kept for who asks."""
-        self.why = self.why or why
-        self.stop.set()
 
 
 class Runtime:
@@ -94,6 +73,7 @@ class Runtime:
         templates: Templates,
         machines: Machines,
         networks: Networks,
+        layers: Layers,
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
@@ -103,11 +83,17 @@ class Runtime:
         self._templates = templates
         self._machines = machines
         self._networks = networks
+        self._layers = layers
+        self._snapshots = Snapshots(settings.state_dir, layers)
+        self._saving = Saving(driver, layers, self._snapshots)
         self._tasks = tasks
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
         self._leaving = False
+        self.last_pause_ms = 0.0
+        """How long the source of the latest fork stood still."""
         self._found: dict[str, Image] = {}
+        self._pulling: dict[str, anyio.Lock] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
 
     @classmethod
@@ -133,10 +119,14 @@ class Runtime:
             )
             async with networks.open(), machines.open(), anyio.create_task_group() as tasks:
                 trust = await anyio.to_thread.run_sync(Trust, settings.egress_ca_file)
-                templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s, networks, trust)
-                runtime = cls(settings, driver, probe, images, templates, machines, networks, tasks)
+                templates = Templates(settings, driver, guest, networks, trust)
+                layers = Layers(settings.state_dir)
+                runtime = cls(settings, driver, probe, images, templates, machines, networks, layers, tasks)
                 try:
                     await runtime._adopt()
+                    await anyio.to_thread.run_sync(templates.clear)
+                    await anyio.to_thread.run_sync(runtime._snapshots.sweep)
+                    await runtime._sweep()
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -148,22 +138,129 @@ class Runtime:
         total = memory.total_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
-        started: Started = await self._tasks.start(self._life, spec, name=f"sandbox {spec.vm_id}")
+        started: Started = await self._tasks.start(self._life, spec, None, name=f"sandbox {spec.vm_id}")
         return started
+
+    async def suspend(self, vm_id: str) -> Stored:
+        sandbox = self._usable(vm_id)
+        async with sandbox.saving:
+            began = time.perf_counter()
+            with told(sandbox):
+                await self._saving.suspend(vm_id, sandbox.prepared, await self._template_of(sandbox))
+            pause_ms = (time.perf_counter() - began) * 1000
+            sandbox.at_rest = True
+            await self.stop(vm_id)
+        return await self._stored(vm_id, pause_ms)
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        sandbox = self._usable(vm_id)
+        children: dict[str, Started | InstaVMError] = {}
+
+        async def child(spec: SandboxSpec, copy: Copy) -> None:
+            try:
+                children[spec.vm_id] = await self._tasks.start(self._life, spec, copy, name=f"sandbox {spec.vm_id}")
+            except InstaVMError as exc:
+                children[spec.vm_id] = exc
+
+        template = await self._template_of(sandbox)
+        async with (
+            sandbox.saving,
+            self._saving.copied(sandbox.prepared, template) as copy,
+            anyio.create_task_group() as tasks,
+        ):
+            self.last_pause_ms = copy.pause_ms
+            for spec in specs:
+                tasks.start_soon(child, spec, copy)
+        self._keep_flat(sandbox)
+        return [children[spec.vm_id] for spec in specs]
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        sandbox = self._usable(vm_id)
+        async with sandbox.saving:
+            with told(sandbox):
+                pause_ms = await self._saving.snapshot(name, sandbox.prepared, await self._template_of(sandbox))
+        self._keep_flat(sandbox)
+        await self._changed(name)
+        return await self._stored(name, pause_ms)
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        await self._templates.get(await self._image(name), vcpus, memory_mib)
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        with self._snapshots.making(name) as folder, self._snapshots.making(f"{name}-pull") as work:
+            image = oci.Image(ask, work, progress)
+            fetched = await image.resolve()
+            mark = f"{fetched.digest} {ask.disk_gib} {oci.ARCHITECTURE}"
+            layer = hashlib.sha256(mark.encode()).hexdigest()[:24] + ".raw"
+            async with self._pulling.setdefault(layer, anyio.Lock()):
+                if not await anyio.to_thread.run_sync(self._layers.shared, layer, folder):
+                    await image.write(work / "disk.raw")
+                    await anyio.to_thread.run_sync(self._layers.link, work / "disk.raw", layer, folder)
+                else:
+                    progress("it is on this host already")
+            size = self._layers.path(layer).stat().st_size
+            await self._saving.settle(name, folder, layer, fetched, size)
+        return Pulled(await self._stored(name), fetched.digest, fetched.env, fetched.labels)
+
+    async def stored(self) -> Mapping[str, Stored]:
+        names = await anyio.to_thread.run_sync(self._snapshots.names)
+        return {name: await self._stored(name) for name in names}
+
+    async def forget(self, name: str) -> None:
+        await anyio.to_thread.run_sync(self._snapshots.remove, name)
+        await self._changed(name)
+        await self._sweep()
+
+    async def _changed(self, name: str) -> None:
+        """What was known of that snapshot is known no more."""
+        self._found.pop(name, None)
+        for key in self._templates.forget(name):
+            await self._machines.drop(key)
+
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        return await anyio.to_thread.run_sync(self._layers.unheld) if dry_run else await self._sweep()
+
+    async def _stored(self, name: str, pause_ms: float = 0.0) -> Stored:
+        return await anyio.to_thread.run_sync(self._saving.stored, name, pause_ms)
+
+    async def _sweep(self) -> list[str]:
+        images = await anyio.to_thread.run_sync(self._snapshots.images)
+        await anyio.to_thread.run_sync(self._templates.sweep, images)
+        return await anyio.to_thread.run_sync(self._layers.sweep)
+
+    async def _template_of(self, sandbox: Sandbox) -> Template:
+        return await self._templates.by_key(sandbox.prepared.template)
+
+    def _keep_flat(self, sandbox: Sandbox) -> None:
+        """Have the layers of a disk merged, once there are many."""
+        if len(held(sandbox.prepared.home)) > DEEP:
+            self._tasks.start_soon(self._flatten, sandbox, name=f"merging {sandbox.vm_id}")
+
+    async def _flatten(self, sandbox: Sandbox) -> None:
+        template = await self._template_of(sandbox)
+        async with sandbox.saving:
+            if sandbox.stop.is_set() or len(held(sandbox.prepared.home)) <= DEEP:
+                return
+            try:
+                await self._saving.merge(sandbox.prepared, template)
+            except InstaVMError as exc:  # the edge of this task: it goes on with the layers that it has
+                log.warning("the layers of %s could not be merged: %s", sandbox.vm_id, exc)
+                return
+        await anyio.to_thread.run_sync(self._layers.sweep)
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             return await sandbox.agent.execute(command, on_output)
 
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             return await files.put(sandbox.agent, path, name, chunks)
 
     async def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             async with aclosing(files.get(sandbox.agent, path)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -192,7 +289,7 @@ class Runtime:
 
     async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             await sandbox.agent.stage_env(dict(env))
 
     async def set_egress(self, vm_id: str, egress: Egress) -> None:
@@ -215,6 +312,10 @@ class Runtime:
     def memory(self) -> HostMemory:
         return memory.now()
 
+    def pid_of(self, vm_id: str) -> int:
+        """The VMM's process, for who measures. Raises SessionEnded."""
+        return self._usable(vm_id).prepared.machine.pid
+
     def _usable(self, vm_id: str) -> Sandbox:
         sandbox = self._live.get(vm_id)
         if sandbox is None or sandbox.stop.is_set():
@@ -224,7 +325,7 @@ class Runtime:
     @contextmanager
     def _agent(self, vm_id: str) -> Iterator[Agent]:
         sandbox = self._usable(vm_id)
-        with _told(sandbox):
+        with told(sandbox):
             yield sandbox.agent
 
     async def stop(self, vm_id: str) -> None:
@@ -252,13 +353,10 @@ class Runtime:
             images={} if image is None else {"default": image.digest},
         )
 
-    async def _life(self, spec: SandboxSpec, *, task_status: TaskStatus[Started]) -> None:
+    async def _life(self, spec: SandboxSpec, copy: Copy | None, *, task_status: TaskStatus[Started]) -> None:
         """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
         steps = Steps()
-        template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
-        steps.mark("template")
-        prepared = await self._machines.take(template)
-        steps.mark(prepared.stage)
+        prepared, cold = await self._machine(spec, copy, steps)
         try:
             with self._boot_errors(spec):
                 await prepared.run()
@@ -270,11 +368,36 @@ class Runtime:
                     await self._open(prepared, spec.egress)
                     steps.mark("egress")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-            prepared.record(Record(spec.vm_id, cold, steps.ms, to_json(prepared.registries)))
+            prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, to_json(prepared.registries)))
         except BaseException:
             await prepared.aclose()
             raise
-        await self._live_out(Sandbox(spec.vm_id, prepared), started, task_status=task_status)
+        sandbox = Sandbox(spec.vm_id, prepared)
+        self._keep_flat(sandbox)
+        await self._live_out(sandbox, started, task_status=task_status)
+
+    async def _machine(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Prepared, bool]:
+        """A machine for it: of its template, or one that goes on where another sandbox was. And whether that took a boot."""
+        if copy is None and spec.resumes is None:
+            template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
+            steps.mark("template")
+            prepared = await self._machines.take(template)
+            steps.mark(prepared.stage)
+            return prepared, cold
+        if copy is None:
+            assert spec.resumes is not None
+            about = await anyio.to_thread.run_sync(self._snapshots.read, spec.resumes)
+            try:
+                template = await self._templates.by_key(about.template)
+            except CorruptTemplate as exc:
+                raise CorruptSnapshot(f"{spec.resumes} can't be resumed: {exc}") from exc
+            copy = await self._saving.find(spec.resumes, template)
+            steps.mark("checks")
+        else:
+            template = await self._templates.by_key(copy.template)
+        prepared = await self._machines.restore(template, copy.saved, copy.disk, copy.owner)
+        steps.mark(prepared.stage)
+        return prepared, False
 
     async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
         """From being ready to being gone."""
@@ -283,7 +406,7 @@ class Runtime:
             task_status.started(started)
             await self._until_end(sandbox)
         finally:
-            if self._leaving and sandbox.why is None:
+            if self._leaving and sandbox.why is None and not sandbox.at_rest:
                 await sandbox.prepared.detach()
             else:
                 await sandbox.prepared.aclose()
@@ -306,7 +429,8 @@ class Runtime:
     async def _adopt_one(self, name: str, pid: int, record: Record) -> None:
         home = self._machines.folder / name
         try:
-            prepared = await self._machines.adopt(pid, home)
+            prepared = await self._machines.adopt(pid, home, record.template)
+            await prepared.machine.resume()  # the last server may have been killed while it saved this one
         except (InstaVMError, TimeoutError, OSError) as exc:
             log.warning("%s could not be adopted: %s", record.vm_id, exc)
             await anyio.to_thread.run_sync(remove_home, home)
@@ -334,11 +458,24 @@ class Runtime:
     async def _image(self, name: str) -> Image:
         if (known := self._found.get(name)) is not None:
             return known
-        image = await anyio.to_thread.run_sync(self._images.find, name)
-        if image is None:
+        if name != rootfs.DEFAULT:
+            await self._stands(name)
+            self._found[name] = image = await anyio.to_thread.run_sync(self._snapshots.image, name)
+            return image
+        found = await anyio.to_thread.run_sync(self._images.find, name)
+        if found is None:
             raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
-        self._found[name] = image
-        return image
+        self._found[name] = found
+        return found
+
+    async def _stands(self, name: str) -> None:
+        """Whether a disk snapshot still has below it what it was written on. Raises SnapshotError, CorruptSnapshot."""
+        about = await anyio.to_thread.run_sync(self._snapshots.read, name)
+        if about.template:
+            try:
+                await self._templates.by_key(about.template)
+            except CorruptTemplate as exc:
+                raise CorruptSnapshot(f"snapshot {name} can't be used: {exc}") from exc
 
     @contextmanager
     def _boot_errors(self, spec: SandboxSpec) -> Iterator[None]:
@@ -351,19 +488,6 @@ class Runtime:
             raise
         except InstaVMError as exc:
             raise BootFailed(f"sandbox {spec.vm_id} did not come up: {exc}") from exc
-
-
-@contextmanager
-def _told(sandbox: Sandbox) -> Iterator[None]:
-    """A line that broke, or a guest that lies, is the end of its sandbox."""
-    try:
-        yield
-    except OutcomeUnknown as exc:
-        sandbox.lost(str(exc))
-        raise
-    except GuestProtocolError as exc:
-        sandbox.lost(str(exc))
-        raise OutcomeUnknown(f"the sandbox was ended while the command ran: {exc}") from exc
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,17 +22,21 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
-from instavm.node import identity
+from instavm.node import identity, inventory
 from instavm.node.agent import Agent, connected
 from instavm.node.images.store import GuestBase, Image
+from instavm.node.layers import Layers
 from instavm.node.network.guard import Networks
 from instavm.node.network.policy import Registry
 from instavm.node.registries import ASKED, Known, ask, from_json, to_json
+from instavm.node.snapshots import BELOW, pin
+from instavm.node.sparse import digest
 from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
+from instavm.settings import Settings
 
-VERSION = 7
+VERSION = 8
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -45,6 +49,7 @@ WARM_UP = (
     Command("ls / | wc -l", "bash", 60),
 )
 """Run in every template before it is saved, so that every sandbox finds this code in memory."""
+DESCRIPTION = "template.json"
 NOBODY = "vm-0000000000"
 """Who a template is: a name as long as a sandbox's, so that taking its own changes no file's length."""
 SETTLE_S = 2.0
@@ -57,6 +62,12 @@ class Template:
     folder: Path
     saved: Saved
     env: dict[str, str]
+    workdir: str
+    image: str
+    """Name of the image that was booted."""
+    image_digest: str
+    guest: str
+    """Digest of what it was booted with."""
     registries: tuple[Registry, ...] = ()
     """Where the image's package managers get packages from."""
 
@@ -71,24 +82,27 @@ class Template:
 
 
 class Templates:
+    """Those of the default image lie in the cache, for all servers; those of a snapshot beside it, and go with it."""
+
     def __init__(
         self,
-        cache_dir: Path,
+        settings: Settings,
         driver: Driver,
         guest: GuestBase,
-        boot_timeout_s: float,
         networks: Networks | None = None,
         trust: Trust | None = None,
     ) -> None:
         """networks: None, or networks that this host can't make = machines without a network device."""
-        self._folder = cache_dir / "templates"
+        self._shared = settings.cache_dir / "templates"
+        self.own = settings.state_dir / "templates"
+        self._layers = Layers(settings.state_dir)
         self._driver = driver
         self._guest = guest
-        self._boot_timeout_s = boot_timeout_s
+        self._boot_timeout_s = settings.boot_timeout_s
         self._networks = networks
         self._network = networks is not None and networks.refusal is None
         self._trust = trust or Trust(None)
-        self._registries = Known(cache_dir / "registries")
+        self._registries = Known(settings.cache_dir / "registries")
         self._verified: dict[str, Template] = {}
         self._locks: dict[str, anyio.Lock] = {}
 
@@ -105,7 +119,7 @@ class Templates:
             if (known := self._verified.get(key)) is not None:
                 return known, False
             template = self._describe(key, image, vcpus, memory_mib)
-            async with _locked(self._folder / f"{key}.lock"):
+            async with _locked(template.folder.with_name(f"{key}.lock")):
                 cold = not await self._usable(template)
                 if cold:
                     await self._build(template, image)
@@ -113,16 +127,86 @@ class Templates:
             self._verified[key] = template = replace(template, registries=registries)
             return template, cold
 
+    async def by_key(self, key: str) -> Template:
+        """One that was made before, by whatever version of us. Raises CorruptTemplate: it is gone, or not what it was."""
+        await self._driver.version()
+        if (known := self._verified.get(key)) is not None:
+            return known
+        for folder in (self._shared / key, self.own / key):
+            if not folder.is_dir():
+                continue
+            try:
+                await anyio.to_thread.run_sync(verify, folder)
+                told = json.loads((folder / DESCRIPTION).read_text())
+                kernel, initrd, system = (Path(told[name]) for name in ("kernel", "initrd", "system"))
+                spec = MachineSpec(kernel, initrd, system, told["vcpus"], told["memory_mib"], network=told["network"])
+                self._verified[key] = Template(
+                    key,
+                    folder,
+                    Saved(spec, folder / "memory", folder / "state"),
+                    told["env"],
+                    told["workdir"],
+                    told["image"],
+                    told["image_digest"],
+                    told["guest"],
+                    from_json(told["registries"]),
+                )
+            except (OSError, ValueError, KeyError, TypeError) as exc:
+                raise CorruptTemplate(f"template {key} can't be read: {exc}") from exc
+            return self._verified[key]
+        raise CorruptTemplate(f"template {key} is not on this host any more")
+
+    def forget(self, image: str) -> list[str]:
+        """The image is gone: nothing new starts from its templates. Their keys; their files go with the next `sweep`."""
+        keys = [key for key, template in self._verified.items() if template.image == image]
+        for key in keys:
+            del self._verified[key]
+        return keys
+
+    def sweep(self, images: Mapping[str, str]) -> None:
+        """Remove the templates of snapshots that are gone or others now, and that no machine and no snapshot stands on.
+
+        images: snapshots by name, with their digests.
+        """
+        while any(self._swept(folder, images) for folder in list(self._folders())):
+            pass  # one that went may have been all that stood on another
+
+    def clear(self) -> None:
+        """Remove what a server that was killed has left half-made of its own. Only at start."""
+        for dead in self.own.glob(".*"):
+            inventory.remove_unfinished(dead)
+
+    def _folders(self) -> Iterator[Path]:
+        for folder in self.own.iterdir() if self.own.is_dir() else ():
+            if folder.is_dir() and not folder.name.startswith("."):
+                yield folder
+
+    def _swept(self, folder: Path, images: Mapping[str, str]) -> bool:
+        try:
+            description = folder / DESCRIPTION
+            told = json.loads(description.read_text())
+            if description.stat().st_nlink > 1 or images.get(told["image"]) == told["image_digest"]:
+                return False
+        except (OSError, ValueError, KeyError):
+            pass  # of no use to anybody
+        self._verified.pop(folder.name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+        return True
+
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
         parts += [self._network, self._trust.fingerprint(), ASKED]
+        if image.owner is not None:
+            parts.append(image.name)
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
 
     def _describe(self, key: str, image: Image, vcpus: int, memory_mib: int) -> Template:
-        folder = self._folder / key
+        folder = (self._shared if image.owner is None else self.own) / key
         guest = self._guest
         spec = MachineSpec(guest.kernel, guest.initrd, guest.system, vcpus, memory_mib, network=self._network)
-        return Template(key, folder, Saved(spec, folder / "memory", folder / "state"), dict(image.env))
+        saved = Saved(spec, folder / "memory", folder / "state")
+        return Template(key, folder, saved, dict(image.env), image.workdir, image.name, image.digest, guest.digest)
 
     async def _usable(self, template: Template) -> bool:
         """Whether it is there and whole. One that is there but altered is moved aside, so that it is made again."""
@@ -138,7 +222,10 @@ class Templates:
     async def _build(self, template: Template, image: Image) -> None:
         with _building(template.folder) as folder:
             disk, memory = folder / "disk.qcow2", folder / "memory"
-            await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", "raw", disk)
+            await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
+            if image.owner is not None:
+                await anyio.to_thread.run_sync(self._layers.share, image.owner, folder)
+                await anyio.to_thread.run_sync(pin, image.owner, folder, BELOW)
             registries = await self._boot(template, image, disk, memory, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
@@ -165,7 +252,7 @@ class Templates:
             try:
                 async with connected(await machine.dial()) as agent:
                     await agent.hello(self._boot_timeout_s)
-                    await agent.configure(template.env, image.workdir)
+                    await agent.configure(template.env, template.workdir)
                     trusted = await self._trust.install(agent)
                     registries = await self._ask_registries(agent, image)
                     for command in WARM_UP:
@@ -203,9 +290,9 @@ def _registries(folder: Path) -> tuple[Registry, ...]:
 def verify(folder: Path) -> None:
     """Raises FileNotFoundError (not there) or CorruptTemplate (there, but not what was saved)."""
     try:
-        recorded = json.loads((folder / "template.json").read_text())["sha256"]
-        for name, digest in recorded.items():
-            if _digest(folder / name) != digest:
+        recorded = json.loads((folder / DESCRIPTION).read_text())["sha256"]
+        for name, known in recorded.items():
+            if digest(folder / name) != known:
                 raise CorruptTemplate(f"template {folder.name}: {name} is not what was saved")
     except FileNotFoundError:
         if folder.exists():
@@ -225,39 +312,20 @@ def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) ->
     description = {
         "vcpus": spec.vcpus,
         "memory_mib": spec.memory_mib,
+        "kernel": str(spec.kernel),
+        "initrd": str(spec.initrd),
+        "system": str(spec.system),
+        "env": template.env,
+        "workdir": template.workdir,
+        "image": template.image,
+        "image_digest": template.image_digest,
+        "guest": template.guest,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "network": spec.network,
         "registries": to_json(registries),
-        "sha256": {name: _digest(folder / name) for name in names},
+        "sha256": {name: digest(folder / name) for name in names},
     }
-    (folder / "template.json").write_text(json.dumps(description, indent=1))
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 over the places and bytes of all that is written in a sparse file, and over its size."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        digest.update(b"%d" % size)
-        for start, end in _extents(file.fileno(), size):
-            digest.update(b"@%d" % start)
-            file.seek(start)
-            left = end - start
-            while left:
-                data = file.read(min(1 << 20, left))
-                digest.update(data)
-                left -= len(data)
-    return digest.hexdigest()
-
-
-def _extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 async def _qemu_img(*arguments: str | Path) -> None:
@@ -294,7 +362,7 @@ class _building:
     def __enter__(self) -> Path:
         prefix = f".{self._final.name}-"
         for dead in self._final.parent.glob(prefix + "*"):
-            shutil.rmtree(dead, ignore_errors=True)
+            inventory.remove_unfinished(dead)
         self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._final.parent))
         return self._folder
 

@@ -12,7 +12,7 @@ from instavm.errors import UnsupportedOperationError
 from instavm.wire.base import Timestamp, Wire
 from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
-from instavm.wire.sessions import MemoryMib, Metadata, Vcpus, or_
+from instavm.wire.sessions import MemoryMib, Metadata, Start, Vcpus, or_
 
 VmLifetimeS = Annotated[
     int, or_(limits.LIFETIME_S_DEFAULT), Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)
@@ -45,7 +45,7 @@ class CreateVm(Wire):
     auto_suspend: Flag = False
     auto_resume: Flag = False
     egress_policy: SetEgress | None = None
-    snapshot_id: NotHere = None
+    snapshot_id: str | None = Field(None, max_length=100)
     volumes: NotHere = None
     vault_ids: NotHere = None
     share: NotHere = None
@@ -105,6 +105,66 @@ class Deleted(Wire):
 
     status: str = "terminated"
     vm_id: str
+
+
+class Suspended(Wire):
+    """`status`: `suspended`, or `suspending` when nobody waited."""
+
+    status: str
+    vm_id: str
+    session_id: UUID
+    size_bytes: int | None = None
+    pause_ms: float | None = None
+
+
+class Resumed(Wire):
+    """`vm_id` is new; the old one goes on meaning this sandbox."""
+
+    vm_id: str
+    session_id: UUID
+    status: str
+    previous_vm_id: str
+
+
+class CloneVm(Wire):
+    """`POST /v1/vms/{id}/clone`. snapshot_name: keep the snapshot that it takes, under this name."""
+
+    snapshot_name: str | None = Field(None, max_length=200)
+
+
+class Cloned(Wire):
+    vm_id: str | None
+    session_id: UUID
+    status: str
+    snapshot_id: str | None
+    snapshot_deleted: bool
+
+
+class SnapshotVm(Wire):
+    """`POST /v1/vms/{id}/snapshot`."""
+
+    name: str | None = Field(None, max_length=200)
+
+
+class ForkVm(Wire):
+    """`POST /v1/vms/{id}/fork`: `count` copies of a running VM. env: on top of what it has, in each copy."""
+
+    count: int = Field(1, strict=True, ge=1, le=limits.FORKS_MAX)
+    env: Env = Field(default_factory=dict, repr=False)
+
+
+class Fork(Wire):
+    vm_id: str
+    session_id: UUID
+    status: str
+    start: Start | None = None
+
+
+class Forked(Wire):
+    """`parent_vm_id` goes on running."""
+
+    parent_vm_id: str
+    forks: list[Fork]
 
 
 class StageEntry(Wire):

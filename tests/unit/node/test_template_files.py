@@ -16,7 +16,7 @@ def folder(tmp_path):
         file.write(b"page")
     (tmp_path / "state").write_bytes(b"devices")
     names = ("memory", "state")
-    description = {"sha256": {name: templates._digest(tmp_path / name) for name in names}}
+    description = {"sha256": {name: templates.digest(tmp_path / name) for name in names}}
     (tmp_path / "template.json").write_text(json.dumps(description))
     return tmp_path
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Generic, Literal, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from instavm.client.results import Record
 from instavm.errors import NetworkError
 from instavm.wire.validation import refusal
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R", bound=Record)
 
 QUICK_S: Final = 60.0
 """How long the server may take for what does not run code."""
@@ -21,7 +23,7 @@ QUICK_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     read: Callable[[bytes], T]
     body: bytes | None = field(default=None, repr=False)
@@ -55,6 +57,25 @@ def reading(model: type[M]) -> Callable[[bytes], M]:
                 f"the server's answer is not a {model.__name__} ({exc.error_count()} things are wrong):"
                 f" does base_url point at an InstaVM server? It begins {body[:80]!r}"
             ) from None
+
+    return read
+
+
+def record(kind: type[R], model: type[BaseModel]) -> Callable[[bytes], R]:
+    """One object of the wire as what users get. Raises: as `reading`."""
+    read = reading(model)
+    return lambda body: kind(read(body).model_dump(mode="json"))
+
+
+def records(kind: type[R], model: type[M]) -> Callable[[bytes], list[R]]:
+    """A list of them. Raises: NetworkError."""
+    many: TypeAdapter[list[Any]] = TypeAdapter(list[model])  # type: ignore[valid-type]
+
+    def read(body: bytes) -> list[R]:
+        try:
+            return [kind(one.model_dump(mode="json")) for one in many.validate_json(body)]
+        except ValidationError:
+            raise NetworkError(f"the server's answer is not a list of {model.__name__}s") from None
 
     return read
 

@@ -28,6 +28,7 @@ STATUS: Final[Mapping[type[errors.InstaVMError], int]] = {
     errors.SessionError: 409,
     errors.SessionNotFound: 404,
     errors.SessionEnded: 410,
+    errors.SnapshotError: 409,
     errors.ExecutionError: 409,
     errors.OutcomeUnknown: 504,
     errors.FileError: 400,

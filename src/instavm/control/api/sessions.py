@@ -135,7 +135,7 @@ def liveness(session: Session) -> wire.SessionStatus:
     """A sandbox counts as assigned from when it can be used: until then the session is good, and has none."""
     vm = session.latest()
     assigned = vm is not None and vm.state is not State.CREATING
-    alive = assigned and vm is not None and vm.why is None
+    alive = assigned and vm is not None and vm.why is None and vm.state is not State.SUSPENDED
     live = session.vm if alive else None
     return wire.SessionStatus(
         session_id=uuid.UUID(session.id),

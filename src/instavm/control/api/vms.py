@@ -7,14 +7,17 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.control.api import snapshots
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
+from instavm.control.api.sessions import start
 from instavm.control.lifecycle import word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InvalidInput, NotFound
 from instavm.wire import vms as wire
 from instavm.wire.env import coerce
+from instavm.wire.snapshots import Snapshot
 
 router = APIRouter()
 
@@ -25,7 +28,10 @@ async def create(
 ) -> Response:
     async def make(target: str | None) -> wire.Vm:
         if ask.session_id is None:
-            session = await here.sessions.create(caller, ask, target)
+            image = None if ask.snapshot_id is None else (await here.snapshots.bootable(caller, ask.snapshot_id)).id
+            session = await here.sessions.create(caller, ask, target, image)
+        elif ask.snapshot_id is not None:
+            raise InvalidInput("snapshot_id", ask.snapshot_id, "none, together with a session that is there already")
         else:
             session = await here.sessions.get(caller, ask.session_id)
             if ask.egress_policy is not None:
@@ -93,6 +99,91 @@ async def stage_env(vm_id: str, ask: wire.StageEnv, caller: Caller, here: Here) 
     return wire.Staged(vm_id=vm_id, env_keys=sorted(env))
 
 
+@router.post("/v1/vms/{vm_id}/suspend")
+async def suspend(vm_id: str, caller: Caller, here: Here) -> wire.Suspended:
+    session, _ = await _up(here, caller, vm_id)
+    row, stored = await here.sessions.suspend(session)
+    return wire.Suspended(
+        status=word(row.state, row.why),
+        vm_id=row.id,
+        session_id=uuid.UUID(session.id),
+        size_bytes=None if stored is None else stored.own_bytes,
+        pause_ms=None if stored is None else stored.pause_ms,
+    )
+
+
+@router.post("/v1/vms/{vm_id}/resume")
+async def resume(vm_id: str, caller: Caller, here: Here, wait: bool = True) -> wire.Resumed:
+    session, _ = await _up(here, caller, vm_id)
+    vm = await here.sessions.resume(session, wait=wait)
+    status = "active" if vm.settled.is_set() else "resuming"
+    return wire.Resumed(vm_id=vm.id, session_id=uuid.UUID(session.id), status=status, previous_vm_id=vm_id)
+
+
+@router.post("/v1/vms/{vm_id}/fork", response_model=wire.Forked)
+async def fork(vm_id: str, ask: wire.ForkVm, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+    async def make() -> wire.Forked:
+        session, vm = await _up(here, caller, vm_id)
+        forks = []
+        for one in await here.sessions.fork(caller, session, ask.count, ask.env):
+            assert one.vm is not None
+            how = None if one.vm.started is None else start(one.vm.started)
+            status = word(one.vm.lifecycle.state, one.vm.lifecycle.why)
+            forks.append(wire.Fork(vm_id=one.vm.id, session_id=uuid.UUID(one.id), status=status, start=how))
+        return wire.Forked(parent_vm_id=vm.id, forks=forks)
+
+    return await once.run(make)
+
+
+@router.post("/v1/vms/{vm_id}/snapshot", response_model=Snapshot)
+async def snapshot(
+    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.SnapshotVm | None = None
+) -> Response:
+    async def make() -> Snapshot:
+        session, _ = await _up(here, caller, vm_id)
+        return snapshots.record(await here.snapshots.take(caller, session, None if ask is None else ask.name))
+
+    return await once.run(make)
+
+
+@router.post("/v1/vms/{vm_id}/clone", response_model=wire.Cloned)
+async def clone(
+    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.CloneVm | None = None, wait: bool = True
+) -> Response:
+    """A new VM on a snapshot of the disk. The snapshot is kept when it was given a name."""
+
+    async def make() -> wire.Cloned:
+        session, _ = await _up(here, caller, vm_id)
+        name = None if ask is None else ask.snapshot_name
+        taken = await here.snapshots.take(caller, session, name)
+        row = session.row
+        wanted = wire.CreateVm(
+            vm_lifetime_seconds=row.lifetime_s,
+            vcpu_count=row.vcpus,
+            memory_mb=row.memory_mib,
+            metadata=dict(row.metadata),
+            env=dict(session.env),
+        )
+        try:
+            child = await here.sessions.create(caller, wanted, image=taken.id)
+            if wait or name is None:
+                await here.sessions.ready(child)
+        finally:
+            if name is None:
+                await here.snapshots.remove(caller, taken.id)
+        latest = child.latest()
+        assert latest is not None
+        return wire.Cloned(
+            vm_id=latest.id,
+            session_id=uuid.UUID(child.id),
+            status=word(latest.state, latest.why),
+            snapshot_id=taken.id,
+            snapshot_deleted=name is None,
+        )
+
+    return await once.run(make)
+
+
 async def _up(here: Here, caller: Caller, vm_id: str) -> tuple[Session, VmRow]:
     """A VM that has not ended. Raises: NotFound."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
@@ -117,6 +208,7 @@ def record(session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
         memory_mb=session.memory_mib,
         metadata=dict(session.metadata),
         env_keys=list(session.env_keys),
+        snapshot_id=None if session.image == "default" else session.image,
         ssh_host=f"{vm.id}@{request.url.hostname or 'localhost'}",
         **{name: value for name, value in session.options.items() if name in wire.OPTIONS},
     )

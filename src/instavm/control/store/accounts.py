@@ -16,6 +16,7 @@ QUOTA_COLUMNS = {
     "vcpus": "max_vcpus",
     "memory_mib": "max_memory_mib",
     "lifetime_s": "max_lifetime_s",
+    "disk_mib": "max_disk_mib",
 }
 
 
@@ -27,6 +28,7 @@ class Quota:
     vcpus: int | None = None
     memory_mib: int | None = None
     lifetime_s: int | None = None
+    disk_mib: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

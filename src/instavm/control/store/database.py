@@ -20,6 +20,7 @@ from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal
 from instavm.control.store.repeats import RepeatRows
 from instavm.control.store.sessions import SessionRows
+from instavm.control.store.snapshots import SnapshotRows
 from instavm.control.store.tasks import TaskRows
 from instavm.errors import HostNotReady
 
@@ -37,6 +38,7 @@ class Store:
         self.accounts = AccountRows(engine)
         self.sessions = SessionRows(engine, journal)
         self.tasks = TaskRows(engine, journal)
+        self.snapshots = SnapshotRows(engine, journal)
         self.repeats = RepeatRows(engine, journal)
         self.egress = EgressRows(engine, journal)
 

@@ -21,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -55,6 +55,7 @@ tenants = Table(
     Column("max_vcpus", Integer),
     Column("max_memory_mib", Integer),
     Column("max_lifetime_s", Integer),
+    Column("max_disk_mib", Integer),
 )
 
 api_keys = Table(
@@ -164,6 +165,31 @@ egress = Table(
     Column("changed_at", Utc, nullable=False),
 )
 
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("tenant_id", ForeignKey("tenants.id"), nullable=False),
+    Column("name", String),
+    Column("type", String, nullable=False),
+    Column("status", String, nullable=False),
+    Column("created_at", Utc, nullable=False),
+    Column("finished_at", Utc),
+    Column("vm_id", String),
+    Column("oci_image", String),
+    Column("digest", String),
+    Column("vcpus", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("size_bytes", Integer, nullable=False, default=0),
+    Column("build_args", JSON, nullable=False, server_default="{}"),
+    Column("labels", JSON, nullable=False, server_default="{}"),
+    Column("log", String, nullable=False, default=""),
+    Column("last_error", String),
+    Index("snapshots_of_tenant", "tenant_id", "created_at"),
+)
+
+_SNAPSHOTS: Final = ("ALTER TABLE tenants ADD COLUMN max_disk_mib INTEGER",)
+
 STEPS: Final[Mapping[int, tuple[str, ...]]] = {
     1: (
         "ALTER TABLE tenants ADD COLUMN max_sandboxes INTEGER",
@@ -174,5 +200,6 @@ STEPS: Final[Mapping[int, tuple[str, ...]]] = {
         "ALTER TABLE sessions ADD COLUMN options JSON NOT NULL DEFAULT '{}'",
     ),
     2: (),
+    3: _SNAPSHOTS,
 }
 """Version → what leads to the next one, besides tables that are new in it."""

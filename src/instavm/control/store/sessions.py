@@ -88,8 +88,8 @@ class SessionRows:
         self._engine = engine
         self._journal = journal
 
-    async def load(self, tenant_id: str, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
-        """A session of this tenant and its latest sandbox. What is still queued is written first."""
+    async def load(self, tenant_id: str | None, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+        """A session of this tenant (None = of any) and its latest sandbox. What is still queued is written first."""
         await self._journal.written()
         return await self._engine.run(lambda connection: _load(connection, tenant_id, session_id))
 
@@ -138,14 +138,29 @@ class SessionRows:
     def move_vm(self, row: VmRow, was: State, at: datetime, detail: str | None, vm_seconds: float) -> None:
         """Record one step of a sandbox's life: compare and set, so that no step can be taken twice.
 
-        vm_seconds: how long it was up; added to the session's sum when the sandbox has ended.
+        vm_seconds: how long it was up; added to the session's sum when the sandbox has ended or is at rest.
         """
         self._journal.append(
             Write(MOVE_VM, {"key": row.id, "was": was, **_changing(row)}),
             _event(at, row.session_id, row.id, f"vm.{row.state}", reason=row.why, detail=detail),
         )
-        if row.state is State.ENDED and vm_seconds:
+        if row.state in (State.ENDED, State.SUSPENDED) and vm_seconds:
             self._journal.append(Write(COUNT_VM_SECONDS, {"key": row.session_id, "up": vm_seconds}))
+
+    def at_rest(self, row: VmRow) -> None:
+        """Record what became of a sandbox that was being put to rest when the server was killed."""
+        now = datetime.now(UTC)
+        self._journal.append(
+            Write(LOSE_VM, {"key": row.id, "state": State.SUSPENDED, "why": None, "ended_at": None}),
+            _event(now, row.session_id, row.id, "vm.suspended"),
+        )
+
+    async def resting(self, tenant_id: str) -> frozenset[str]:
+        """The ids of a tenant's sandboxes that are suspended."""
+        await self._journal.written()
+        ask = select(vms.c.id).join(sessions, sessions.c.id == vms.c.session_id)
+        mine = ask.where(sessions.c.tenant_id == tenant_id, vms.c.state == State.SUSPENDED)
+        return frozenset(await self._engine.run(lambda connection: connection.execute(mine).scalars().all()))
 
     async def unended(self) -> list[tuple[SessionRow, VmRow]]:
         """Every sandbox that a server before this one has not seen the end of, with its session."""
@@ -184,12 +199,15 @@ def _joined(
     return [(owners[row.session_id], _vm(row)) for row in found]
 
 
-def _load(connection: Connection, tenant_id: str, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
-    mine = (sessions.c.id == session_id) & (sessions.c.tenant_id == tenant_id)
+def _load(connection: Connection, tenant_id: str | None, session_id: str) -> tuple[SessionRow, VmRow | None] | None:
+    mine = sessions.c.id == session_id
+    if tenant_id is not None:
+        mine &= sessions.c.tenant_id == tenant_id
     row = connection.execute(select(sessions).where(mine)).one_or_none()
     if row is None:
         return None
-    latest = select(vms).where(vms.c.session_id == session_id).order_by(vms.c.created_at.desc()).limit(1)
+    rests = (vms.c.state == State.SUSPENDED).desc()  # one that could not be resumed comes after it, and is no more
+    latest = select(vms).where(vms.c.session_id == session_id).order_by(rests, vms.c.created_at.desc()).limit(1)
     vm = connection.execute(latest).one_or_none()
     return _session(row), None if vm is None else _vm(vm)
 

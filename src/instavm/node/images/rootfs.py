@@ -61,7 +61,8 @@ class Image:
     """A root disk and what programs in it start with.
 
     digest: sha256, as hex, over the disk's contents and the configuration. rootfs: raw ext4, read-only.
-    size_bytes: as the guest sees it. used_bytes: what the sparse file takes on the host.
+    size_bytes: as the guest sees it. used_bytes: what the sparse file takes on the host. format: raw or qcow2.
+    owner: the folder of the snapshot that it is, if it is one.
     """
 
     name: str
@@ -71,6 +72,8 @@ class Image:
     workdir: str
     size_bytes: int
     used_bytes: int
+    format: str = "raw"
+    owner: Path | None = None
 
 
 def image_key(name: str, disk_gib: int) -> str:
@@ -186,5 +189,5 @@ def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
 
 def _at(folder: Path) -> Image:
     known = json.loads((folder / DESCRIPTION).read_text())
-    sizes = {name: int(known[name]) for name in ("size_bytes", "used_bytes")}
-    return Image(known["name"], known["digest"], folder / ROOTFS, known["env"], known["workdir"], **sizes)
+    size, used = int(known["size_bytes"]), int(known["used_bytes"])
+    return Image(known["name"], known["digest"], folder / ROOTFS, known["env"], known["workdir"], size, used)

@@ -34,6 +34,8 @@ class Saved:
     """Guest memory; sparse. Mapped copy-on-write, so that all who restore it share its pages."""
     state: Path
     """Devices and vCPUs, in the VMM's own format."""
+    changes: Path | None = None
+    """Pages that differ from `memory`, as `Machine.save_changes` wrote them; None = none do."""
 
 
 class Machine(Protocol):
@@ -62,6 +64,24 @@ class Machine(Protocol):
 
     async def save(self, state: Path) -> None:
         """Write devices and vCPUs. Only while paused, only on a machine that was booted, not restored."""
+        ...
+
+    async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
+        """Write devices and vCPUs, and the pages that are not those of `memory`, the file that it was restored from.
+
+        Only while paused, only on a machine that was restored. It can go on afterwards. Raises BootFailed, OSError.
+        """
+        ...
+
+    async def new_layer(self, layer: Path) -> None:
+        """Write to `layer`, an empty overlay on the present root disk, from now on. What was the disk is complete and at rest.
+
+        Paused or not. Raises BootFailed.
+        """
+        ...
+
+    async def merge_layers(self, base: Path) -> None:
+        """Copy into the uppermost layer what lies between it and `base`, while the guest runs. Raises BootFailed."""
         ...
 
     async def wait(self) -> int:

@@ -21,7 +21,7 @@ from qemu.qmp.error import QMPError
 
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node.network.addresses import GUEST_MAC
-from instavm.node.vmm import tsc
+from instavm.node.vmm import pages, tsc
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.process import VMMProcess
 from instavm.sandbox import Tier
@@ -38,6 +38,8 @@ KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check "
     "psi=0 nowatchdog cgroup.memory=nokmem noautogroup"
 )
+STATE_FORMAT = "migration.send-configuration=off"
+"""States of booted and of restored machines are written by different commands; without this header they read the same."""
 # norandmaps: the emulator keeps translated code by virtual address, so a program that is loaded at the same place again
 # need not be translated again; 7,000 blocks less for each bash. What it costs: docs/security.md.
 TIER_ARGUMENTS = {"kvm": "", "tcg": " norandmaps tsc=reliable clocksource=tsc tsc_early_khz={khz}"}
@@ -60,6 +62,7 @@ def machine(spec: MachineSpec, acceleration: str) -> list[str]:
         *("-m", f"{spec.memory_mib}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-global", STATE_FORMAT),
     ]
 
 
@@ -161,6 +164,33 @@ class QemuMachine:
             os.close(fd)
         await self._migrate("migrate", "fd:state")
 
+    async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
+        # The command is named after its first user; what it writes is what a migration writes of devices.
+        with _created(changes) as into:
+            with _created(state) as fd:
+                self._qmp.send_fd_scm(fd)
+                fdset = (await self._execute("add-fd"))["fdset-id"]
+            where = f"/dev/fdset/{fdset}"
+            try:
+                await self._execute("xen-save-devices-state", {"filename": where, "live": False})
+            finally:
+                await self._execute("remove-fd", {"fdset-id": fdset})
+            await anyio.to_thread.run_sync(pages.save, self.pid, memory, into)
+
+    async def new_layer(self, layer: Path) -> None:
+        how: dict[str, object] = {"device": "root", "snapshot-file": str(layer), "format": "qcow2", "mode": "existing"}
+        await self._execute("blockdev-snapshot-sync", how)
+
+    async def merge_layers(self, base: Path) -> None:
+        with self._qmp.listener(("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")) as events:
+            await self._execute("block-stream", {"job-id": "merge", "device": "root", "base": str(base)})
+            async for event in events:
+                told = cast(dict[str, Any], event["data"])
+                if told["device"] == "merge":
+                    if event["event"] == "BLOCK_JOB_CANCELLED" or "error" in told:
+                        raise BootFailed(f"layers could not be merged: {told.get('error', 'cancelled')}")
+                    return
+
     async def wait(self) -> int:
         return await self._process.wait()
 
@@ -229,7 +259,8 @@ class QemuDriver:
 
     def fingerprint(self) -> str:
         kind = self._acceleration
-        return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {KERNEL_ARGUMENTS} {TIER_ARGUMENTS[kind]}"
+        kernel = KERNEL_ARGUMENTS + TIER_ARGUMENTS[kind]
+        return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {kernel} {STATE_FORMAT}"
 
     async def boot(
         self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path, *, tap: int | None = None
@@ -270,6 +301,8 @@ class QemuDriver:
             os.close(state)
         try:
             await made._skip_shared_memory()
+            if saved.changes is not None:
+                await anyio.to_thread.run_sync(pages.load, made.pid, saved.memory, saved.changes)
         except BaseException:
             await made.aclose()
             raise
@@ -343,6 +376,15 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         path.chmod(0o600)
         listener.listen(1)
         yield listener
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 @contextmanager

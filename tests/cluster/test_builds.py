@@ -1,0 +1,143 @@
+"""Snapshots built from OCI images, whole: fetched from a registry, built in a sandbox, booted, and what goes wrong on the way."""
+
+import signal
+import time
+
+import oci_made
+import pytest
+from oci_made import busybox, entry, layer, layout
+
+from instavm.errors import ForbiddenError, SnapshotError
+from instavm.node import inventory
+
+NOTHING = inventory.Inventory(frozenset(), frozenset())
+
+
+@pytest.fixture
+def client(servers):
+    servers.start(SPARE_MACHINES=0)
+    return servers.client(auto_start_session=False)
+
+
+def built(client, image, **more):
+    made = client.snapshots.create(image, vcpu_count=1, memory_mb=256, **more)
+    assert made.status == "pending" and made["id"] == made["snapshot_id"]
+    return ended(client, made.snapshot_id)
+
+
+def ended(client, snapshot_id):
+    """Follow a build to its end."""
+    deadline, offset, text = time.monotonic() + 240, 0, ""
+    while True:
+        told = client.snapshots.logs(snapshot_id, offset)
+        text, offset = text + told["log"], told["next_offset"]
+        if told["is_complete"]:
+            return client.snapshots.get(snapshot_id), text
+        assert time.monotonic() < deadline, text
+        time.sleep(0.2)
+
+
+def started(client, snapshot_id):
+    client.session_id = client.vms.create(snapshot_id=snapshot_id, vcpu_count=1, memory_mb=256)["session_id"]
+    return client
+
+
+def test_an_image_of_a_registry_with_things_added_to_it(client, tmp_path, servers):
+    """No Python, bash or node in it: a shell runs, and what is missing is told plainly."""
+    reference = layout(tmp_path / "layout", busybox(), env=["FROM_IMAGE=1", "PATH=/bin:/odd"], labels={"by": "test"})
+    with oci_made.registry(tmp_path / "registry") as address:
+        oci_made.push(reference, f"{address}/team/box:1")
+        args = {
+            "envs": {"FROM_BUILD": "2"},
+            "post_build_cmd": "echo building with $FROM_IMAGE; mkdir -p /opt; id > /opt/built",
+        }
+        snapshot, log = built(client, f"{address}/team/box:1", name="box", build_args=args)
+        assert snapshot.status == "ready", log
+        assert "building with 1" in log and "=> post_build_cmd" in log
+        assert snapshot["oci_digest"].startswith("sha256:") and snapshot["labels"] == {"by": "test"}
+        assert snapshot["build_args"] == {"env_keys": ["FROM_BUILD"], "post_build_cmd": args["post_build_cmd"]}
+        again, log = built(client, f"{address}/team/box@{snapshot['oci_digest']}")
+        assert again.status == "ready" and "on this host already" in log
+        assert again["oci_digest"] == snapshot["oci_digest"] and again["shared_bytes"] > 0
+        missing, log = built(client, f"{address}/team/box:none")
+        assert missing.status == "failed" and "manifest unknown" in missing.last_error.lower()
+        assert missing["error"] == missing["message"] == missing.last_error
+    vm = started(client, snapshot.snapshot_id)
+    shell = vm.execute("cat /opt/built; echo $FROM_IMAGE $FROM_BUILD $PATH; pwd", language="sh")
+    assert shell.stdout == "uid=0(root) gid=0\n1 2 /bin:/odd\n/app\n", shell
+    for language, word in (("python", "python3 or python"), ("bash", "bash"), ("javascript", "node or nodejs")):
+        result = vm.execute("1", language=language)
+        assert (result.exit_code, result.stderr) == (127, f"{word}: not found in this image\n")
+    vm.vms.delete(vm.get_session_info()["vm_id"])
+    for one in vm.snapshots.list():
+        vm.snapshots.delete(one["id"])
+    assert vm.snapshots.garbage()["removed"] == []
+    for place in ("layers", "snapshots", "templates"):
+        assert not [one for one in (servers.state / place).iterdir() if one.suffix != ".lock"], f"{place} are left"
+
+
+def test_an_image_with_python_and_one_with_a_single_program(client, tmp_path):
+    """The server's own account may name images on its disk."""
+    python = layout(tmp_path / "python", busybox(), oci_made.python(), env=["PATH=/usr/bin:/bin"])
+    snapshot, log = built(client, python)
+    assert snapshot.status == "ready", log
+    vm = started(client, snapshot.snapshot_id)
+    vm.execute("x = 41")
+    assert vm.execute("x += 1; import json; print(json.dumps(x))").stdout == "42\n"
+    vm.kill()
+    single = layout(tmp_path / "single", layer(entry("echo", oci_made.static_program(), mode=0o755)))
+    snapshot, log = built(client, single)
+    assert snapshot.status == "ready", log
+    vm = started(client, snapshot.snapshot_id)
+    result = vm.execute("echo 1", language="sh")
+    assert (result.exit_code, result.stderr) == (127, "sh: not found in this image\n")
+    vm.kill()
+
+
+def test_builds_that_fail_are_cancelled_or_lose_their_server_leave_nothing(client, tmp_path, servers):
+    box = layout(tmp_path / "layout", busybox())
+    failed, log = built(client, box, build_args={"post_build_cmd": "echo to the log; echo why >&2; exit 7"})
+    assert failed.status == "failed" and "post_build_cmd failed (exit code 7): why" in failed.last_error
+    assert "to the log" in log
+    with pytest.raises(SnapshotError, match="is failed"):
+        client.vms.create(snapshot_id=failed.snapshot_id)
+
+    def building():
+        made = client.snapshots.create(
+            box, vcpu_count=1, memory_mb=256, build_args={"post_build_cmd": "echo begun; sleep 600"}
+        )
+        deadline = time.monotonic() + 120
+        while "\nbegun" not in client.snapshots.logs(made.snapshot_id)["log"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        return made.snapshot_id
+
+    cancelled = building()
+    with pytest.raises(SnapshotError, match="is building"):
+        client.vms.create(snapshot_id=cancelled)
+    assert client.snapshots.cancel(cancelled).last_error == "it was cancelled"
+    lost = building()
+    servers.end(signal.SIGKILL)
+    servers.start(SPARE_MACHINES=0)
+    told = client.snapshots.get(lost)
+    assert (told.status, told.last_error) == ("failed", "the server ended while it was built; build it again")
+    assert client.list_sandboxes() == [] or [client.kill(one["session_id"]) for one in client.list_sandboxes()]
+    client.snapshots.delete(building())
+    assert inventory.take(servers.state) == NOTHING
+    assert not list((servers.state / "snapshots").iterdir())
+
+
+def test_another_account_may_not_read_the_servers_disk_nor_others_snapshots(client, servers):
+    key = servers._run("key", "create", "other", "--tenant", "other", "--json").split('"key": "')[1].split('"')[0]
+    from instavm import InstaVM
+
+    other = InstaVM(key, f"http://127.0.0.1:{servers.port}", auto_start_session=False)
+    for reference in ("oci:/etc:x", "docker-archive:/etc/shadow"):
+        with pytest.raises(ForbiddenError, match="oci_image"):
+            other.snapshots.create(reference)
+    made = client.snapshots.create("127.0.0.1:1/nothing:there")
+    for call in (other.snapshots.get, other.snapshots.delete, other.snapshots.logs, other.snapshots.cancel):
+        with pytest.raises(Exception, match="there is no snapshot"):
+            call(made.snapshot_id)
+    assert other.snapshots.list() == []
+    assert ended(client, made.snapshot_id)[0].status == "failed"
