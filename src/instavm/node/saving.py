@@ -191,11 +191,12 @@ class Saving:
     def _name_layer(self, home: Path, old: Path, template: Template, new: Path) -> str:
         layer = secrets.token_hex(12) + old.suffix
         with told_when_full(home):
-            overlay(template.blank, self._layers.path(layer), new)
             try:
+                overlay(template.blank, self._layers.path(layer), new)
                 self._layers.link(old, layer, home)
             except BaseException:
                 new.unlink(missing_ok=True)
+                (home / LINKS / layer).unlink(missing_ok=True)
                 raise
         return layer
 
