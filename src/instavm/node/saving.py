@@ -5,11 +5,12 @@ Each works on one sandbox, which is left as it was when something goes wrong. Bl
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,6 +27,7 @@ from instavm.node.templates import DESCRIPTION, Template
 from instavm.node.vmm.base import Driver, Saved
 from instavm.sandbox import Stored
 
+SYSTEM: Final = "system"
 FREEZE_S: Final = 10.0
 """How long a guest may take to write out what it has in memory before a snapshot of its disk is given up."""
 
@@ -60,6 +62,7 @@ class Saving:
                 linked = await anyio.to_thread.run_sync(self._link_disk, prepared, folder)
                 about = self._manifest("memory", linked.name, template)
                 await anyio.to_thread.run_sync(pin, template.folder, folder)
+                _keep_system(template.saved.spec.system, folder)
                 await anyio.to_thread.run_sync(self._snapshots.seal, folder, name, about)
             except BaseException:
                 with anyio.CancelScope(shield=True):
@@ -139,7 +142,10 @@ class Saving:
                 raise CorruptSnapshot(f"{name} was saved with another {what}: {then!r}, here it is {here!r}")
         await anyio.to_thread.run_sync(self._snapshots.verify, name, about)
         folder = self._snapshots.folder / name
-        saved = Saved(template.saved.spec, template.saved.memory, folder / STATE, folder / CHANGES)
+        spec = template.saved.spec
+        if not spec.system.exists() and (folder / SYSTEM).exists():
+            spec = replace(spec, system=folder / SYSTEM)
+        saved = Saved(spec, template.saved.memory, folder / STATE, folder / CHANGES)
         return Copy(template.key, saved, about.disk, folder, 0.0)
 
     def stored(self, name: str, pause_ms: float = 0.0) -> Stored:
@@ -185,11 +191,12 @@ class Saving:
     def _name_layer(self, home: Path, old: Path, template: Template, new: Path) -> str:
         layer = secrets.token_hex(12) + old.suffix
         with told_when_full(home):
-            overlay(template.blank, self._layers.path(layer), new)
             try:
+                overlay(template.blank, self._layers.path(layer), new)
                 self._layers.link(old, layer, home)
             except BaseException:
                 new.unlink(missing_ok=True)
+                (home / LINKS / layer).unlink(missing_ok=True)
                 raise
         return layer
 
@@ -220,6 +227,12 @@ class Saving:
             guest=template.guest,
             system=str(spec.system),
         )
+
+
+def _keep_system(system: Path, folder: Path) -> None:
+    """Builds of the guest's base are removed some hours after a newer one has taken their place; a link outlives that."""
+    with suppress(OSError):
+        os.link(system, folder / SYSTEM)
 
 
 def _template_digest(template: Template) -> str:
