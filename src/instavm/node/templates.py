@@ -32,7 +32,7 @@ from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
 
-VERSION = 7
+VERSION = 8
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
