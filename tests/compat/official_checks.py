@@ -546,9 +546,8 @@ def fetched(c, url):
 def check_60_egress_is_closed():
     with client() as c:
         for target in (f"{ORIGIN}/80", "1.1.1.1/443"):
-            began = time.monotonic()
-            done = c.execute(f"timeout 20 bash -c '</dev/tcp/{target}'", language="bash")
-            assert done["exit_code"] == 1 and time.monotonic() - began < 5
+            done = c.execute(f"timeout 5 bash -c '</dev/tcp/{target}'", language="bash")
+            assert done["exit_code"] == 1, "refused, and not by running out of time"
         told = c.get_session_egress()
         assert told["allow_http"] is False and told["allow_https"] is False and told["allowed_domains"] == []
 
