@@ -25,6 +25,8 @@ class EndReason(StrEnum):
     LIFETIME = "lifetime"
     BOOT_FAILED = "boot_failed"
     CRASHED = "crashed"
+    OVER_LIMIT = "over_limit"
+    """Its VMM used more of the host than a sandbox of its size may."""
     NODE_LOST = "node_lost"
     SERVER_STOPPED = "server_stopped"
 

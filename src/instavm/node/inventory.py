@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 VMMS = ("qemu-system", "firecracker")
+JAILERS = ("bwrap",)
+"""What starts a VMM and waits for its end; known by the same folder in its command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,13 @@ def take(state_dir: Path) -> Inventory:
     return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes)
 
 
-def vmm_processes(folder: Path) -> Iterator[psutil.Process]:
+def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psutil.Process]:
     """VMM processes whose disk lies under `folder`: known by what they run on, not by a number written down somewhere."""
     mark = f"{folder}/"
     for process in psutil.process_iter():
         try:
             ours = any(mark in argument for argument in process.cmdline())
-            if ours and Path(process.exe()).name.startswith(VMMS):
+            if ours and Path(process.exe()).name.startswith(kinds):
                 yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
@@ -61,25 +63,30 @@ def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
     Only with the state directory's lock held.
     """
     folder = state_dir / "machines"
-    ended = []
-    for process in vmm_processes(folder):
-        if _machine(process, folder) in keep:
-            continue
-        try:
-            pidfd = os.pidfd_open(process.pid)
-        except ProcessLookupError:
-            continue
-        try:
-            if process.is_running():  # the number still means the process that was looked at
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                process.wait(10)
-                ended.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-        finally:
-            os.close(pidfd)
+    ended: list[int] = []
+    while found := [one for one in vmm_processes(folder, VMMS + JAILERS) if _machine(one, folder) not in keep]:
+        # again, until there is none: a jail whose server died while it was made may become a VMM under our eyes
+        ended += [process.pid for process in found if _end(process)]
     if folder.is_dir():
         for home in folder.iterdir():
             if home.name not in keep:
                 shutil.rmtree(home, ignore_errors=True)
     return ended
+
+
+def _end(process: psutil.Process) -> bool:
+    """Whether it was there to be ended."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if not process.is_running():  # the number means another process now
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        process.wait(10)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
+    finally:
+        os.close(pidfd)
+    return True

@@ -95,7 +95,9 @@ class Prepared:
 
     def record(self, about: Record) -> None:
         """Leave a note of what the next server must know to adopt it."""
-        (self.home / RECORD).write_text(json.dumps(asdict(about)))
+        note = self.home / RECORD
+        note.touch(mode=0o600)
+        note.write_text(json.dumps(asdict(about)))
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -23,6 +23,7 @@ from instavm.errors import (
 )
 from instavm.node import doctor, files, identity, inventory
 from instavm.node.images.store import Image, ImageStore
+from instavm.node.jail.jail import Jails
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.templates import Templates
 from instavm.node.vmm.base import Driver
@@ -67,6 +68,7 @@ class Sandbox:
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
+        self.over_limit = False
 
     def lost(self, why: str) -> None:
         """It can't go on; the reason is kept for who asks."""
@@ -78,6 +80,7 @@ class Runtime:
     def __init__(
         self,
         settings: Settings,
+        jails: Jails,
         driver: Driver,
         probe: str,
         images: ImageStore,
@@ -86,6 +89,7 @@ class Runtime:
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
+        self._jails = jails
         self._driver = driver
         self._probe = probe
         self._images = images
@@ -106,8 +110,11 @@ class Runtime:
         Every sandbox ends with the block, unless `leave` was called.
         Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
         """
-        with _owned(settings):
-            driver, probe = await choose(settings)
+        with ExitStack() as held:
+            held.enter_context(_owned(settings))
+            jails = held.enter_context(Jails.open(settings))
+            driver, probe = await choose(settings, jails)
+            held.callback(driver.close)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
             templates = Templates(settings.cache_dir, driver, guest, settings.boot_timeout_s)
@@ -119,7 +126,7 @@ class Runtime:
                 warm_memory_mib=settings.warm_memory_mib,
             )
             async with machines.open(), anyio.create_task_group() as tasks:
-                runtime = cls(settings, driver, probe, images, templates, machines, tasks)
+                runtime = cls(settings, jails, driver, probe, images, templates, machines, tasks)
                 try:
                     await runtime._adopt()
                     yield runtime
@@ -227,15 +234,18 @@ class Runtime:
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
         if sandbox.why is not None:
-            self._on_end(Ended(sandbox.vm_id, EndReason.CRASHED, sandbox.why))
+            reason = EndReason.OVER_LIMIT if sandbox.over_limit else EndReason.CRASHED
+            self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
 
     async def _adopt(self) -> None:
         """Take over what runs here already; remove what is nobody's."""
         running = await anyio.to_thread.run_sync(inventory.running, self._machines.folder)
         records = {name: found for name in running if (found := read_record(self._machines.folder / name)) is not None}
-        ended = await anyio.to_thread.run_sync(inventory.clear, self._settings.state_dir, frozenset(records))
+        keep = frozenset(records)
+        ended = await anyio.to_thread.run_sync(inventory.clear, self._settings.state_dir, keep)
+        await anyio.to_thread.run_sync(self._jails.clear, keep)
         if ended:
-            log.warning("ended %d machines that belonged to nobody", len(ended))
+            log.warning("ended %d processes of machines that belonged to nobody", len(ended))
         async with anyio.create_task_group() as tasks:
             for name, record in records.items():
                 tasks.start_soon(self._adopt_one, name, running[name], record)
@@ -255,7 +265,11 @@ class Runtime:
 
     async def _until_end(self, sandbox: Sandbox) -> None:
         async def died() -> None:
-            status = await sandbox.prepared.machine.wait()
+            machine = sandbox.prepared.machine
+            status = await machine.wait()
+            if machine.over_memory:
+                sandbox.over_limit = True
+                sandbox.lost("the host ended the machine: its VMM used more memory than a sandbox of this size may")
             sandbox.lost(f"the machine ended by itself (status {status})")
 
         async with anyio.create_task_group() as tasks:

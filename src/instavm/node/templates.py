@@ -100,7 +100,8 @@ class Templates:
     def _describe(self, key: str, image: Image, vcpus: int, memory_mib: int) -> Template:
         folder = self._folder / key
         spec = MachineSpec(self._guest.kernel, self._guest.initrd, self._guest.system, vcpus, memory_mib)
-        return Template(key, folder, Saved(spec, folder / "memory", folder / "state"), dict(image.env))
+        layers = (folder / "disk.qcow2", image.rootfs)
+        return Template(key, folder, Saved(spec, folder / "memory", folder / "state", layers), dict(image.env))
 
     async def _usable(self, template: Template) -> bool:
         """Whether it is there and whole. One that is there but altered is moved aside, so that it is made again."""
@@ -115,9 +116,9 @@ class Templates:
 
     async def _build(self, template: Template, image: Image) -> None:
         with _building(template.folder) as folder:
-            disk, memory = folder / "disk.qcow2", folder / "memory"
+            disk = folder / "disk.qcow2"
             await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", "raw", disk)
-            await self._boot(template, image, disk, memory, folder)
+            await self._boot(template, image, disk, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
             await _qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
@@ -125,8 +126,9 @@ class Templates:
                 (folder / leftover).unlink(missing_ok=True)
             await anyio.to_thread.run_sync(_seal, folder, template)
 
-    async def _boot(self, template: Template, image: Image, disk: Path, memory: Path, folder: Path) -> None:
-        machine = await self._driver.boot(template.saved.spec, disk, memory, folder)
+    async def _boot(self, template: Template, image: Image, disk: Path, folder: Path) -> None:
+        saved = Saved(template.saved.spec, folder / "memory", folder / "state", (image.rootfs,))
+        machine = await self._driver.boot(saved, disk, folder)
         try:
             try:
                 async with connected(await machine.dial()) as agent:
@@ -169,7 +171,9 @@ def verify(folder: Path) -> None:
 
 def _seal(folder: Path, template: Template) -> None:
     names = ("memory", "state", "disk.qcow2", "blank.qcow2")
+    folder.chmod(0o700)
     for name in names:
+        os.chown(folder / name, os.geteuid(), os.getegid())  # the VMM that wrote it is gone, and so is its uid
         (folder / name).chmod(0o400)
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())

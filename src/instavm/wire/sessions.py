@@ -68,7 +68,7 @@ class Session(Wire):
     session_id: UUID
     status: str
     reason: str | None = None
-    """Why the latest sandbox ended: killed, lifetime, boot_failed, crashed, node_lost, server_stopped."""
+    """Why the latest sandbox ended: killed, lifetime, boot_failed, crashed, over_limit, node_lost, server_stopped."""
     vm_id: str | None = None
     created_at: Timestamp
     expires_at: Timestamp | None = None

@@ -32,6 +32,8 @@ class Saved:
     """Guest memory; sparse. Mapped copy-on-write, so that all who restore it share its pages."""
     state: Path
     """Devices and vCPUs, in the VMM's own format."""
+    layers: tuple[Path, ...]
+    """What its disks are overlays of, nearest first. A VMM reads these and no other files, whatever its disk says."""
 
 
 class Machine(Protocol):
@@ -62,6 +64,11 @@ class Machine(Protocol):
         """Write devices and vCPUs. Only while paused, only on a machine that was booted, not restored."""
         ...
 
+    @property
+    def over_memory(self) -> bool:
+        """Whether the host ended it for using more memory than it may; to be asked before `aclose`."""
+        ...
+
     async def wait(self) -> int:
         """Until the VMM process is gone; its exit status, negative for a signal."""
         ...
@@ -87,12 +94,19 @@ class Driver(Protocol):
         """Raises HostNotReady when the VMM is missing or too old."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds for all machines. Those that run go on."""
+        ...
+
     def fingerprint(self) -> str:
         """Everything about this driver that a saved state depends on."""
         ...
 
-    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path) -> Machine:
-        """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed."""
+    async def boot(self, saved: Saved, disk: Path, home: Path) -> Machine:
+        """Power on what is to be saved as `saved`, whose memory file is made here, in `home` as `disk` (qcow2) is.
+
+        Raises BootFailed.
+        """
         ...
 
     async def prepare(self, saved: Saved, disk: Path, home: Path, *, background: bool) -> Machine:

@@ -6,10 +6,11 @@ How saving and restoring works, and what was measured of it: docs/decisions/0001
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +21,10 @@ from qemu.qmp import QMPClient
 from qemu.qmp.error import QMPError
 
 from instavm.errors import BootFailed, HostNotReady
+from instavm.node.jail.jail import Jails, Needs
 from instavm.node.vmm import tsc
 from instavm.node.vmm.base import MachineSpec, Saved
+from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.process import VMMProcess
 from instavm.sandbox import Tier
 
@@ -43,11 +46,25 @@ TIER_ARGUMENTS = {"kvm": "", "tcg": " norandmaps tsc=reliable clocksource=tsc ts
 
 
 @dataclass(frozen=True, slots=True)
-class Sockets:
-    """Descriptors of listening sockets that the VMM inherits: we can dial before it has even started."""
+class Descriptors:
+    """All that the VMM inherits. It opens no file by name but those of its own folder: what it may read is given to it.
+
+    qmp, agent: listening sockets, so that we can dial before it has even started.
+    """
 
     qmp: int
     agent: int
+    system: int
+    layers: tuple[int, ...]
+    memory: int | None = None
+    state: int | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+
+    def all(self) -> tuple[int, ...]:
+        some = (self.memory, self.state, self.kernel, self.initrd)
+        given = (self.qmp, self.agent, self.system, *self.layers, *some)
+        return tuple(fd for fd in given if fd is not None)
 
 
 def machine(spec: MachineSpec, acceleration: str) -> list[str]:
@@ -62,32 +79,44 @@ def machine(spec: MachineSpec, acceleration: str) -> list[str]:
     ]
 
 
-def memory(spec: MachineSpec, file: Path, *, share: bool) -> list[str]:
+def memory(spec: MachineSpec, file: str, *, share: bool) -> list[str]:
     flag = "on" if share else "off"
     size = f"{spec.memory_mib}M"
     return ["-object", f"memory-backend-file,id=ram,size={size},mem-path={file},share={flag}"]
 
 
-def disks(spec: MachineSpec, root: Path) -> list[str]:
+def disks(root: Path, given: Descriptors) -> list[str]:
+    """The system image, and the root disk: an overlay in the machine's folder on layers that are only read."""
+    files = [*((fd, f"/dev/fdset/{number}") for number, fd in enumerate((given.system, *given.layers), 1))]
+    backing = "".join(_layer(depth, file, len(given.layers)) for depth, (_, file) in enumerate(files[1:], 1))
     return [
-        *("-drive", f"if=none,id=system,file={spec.system},format=raw,readonly=on,file.locking=off"),
+        *(argument for number, (fd, _) in enumerate(files, 1) for argument in ("-add-fd", f"fd={fd},set={number}")),
+        *("-drive", f"if=none,id=system,file={files[0][1]},format=raw,readonly=on,file.locking=off"),
         *("-device", "virtio-blk-device,drive=system"),
         *(
             "-drive",
-            f"if=none,id=root,file={root},format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=report",
+            f"if=none,id=root,driver=qcow2,file.driver=file,file.filename={root},cache=unsafe,discard=unmap,"
+            f"detect-zeroes=unmap,werror=report{backing}",
         ),
         *("-device", "virtio-blk-device,drive=root"),
     ]
 
 
-def ports(sockets: Sockets) -> list[str]:
+def _layer(depth: int, file: str, depths: int) -> str:
+    """Options of one layer under the root disk; the deepest is a plain image, the others are overlays themselves."""
+    at = ".".join(["backing"] * depth)
+    kind = "raw" if depth == depths else "qcow2"
+    return f",{at}.driver={kind},{at}.file.driver=file,{at}.file.filename={file},{at}.file.locking=off"
+
+
+def ports(given: Descriptors) -> list[str]:
     return [
-        *("-chardev", f"socket,id=qmp,fd={sockets.qmp},server=on,wait=off"),
+        *("-chardev", f"socket,id=qmp,fd={given.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}"),
         *("-serial", "chardev:console"),
         *("-device", "virtio-serial-device,max_ports=2"),
-        *("-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off"),
+        *("-chardev", f"socket,id=agent,fd={given.agent},server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=instavm.agent,nr=1"),
     ]
 
@@ -96,9 +125,9 @@ def kernel_arguments(acceleration: str) -> str:
     return KERNEL_ARGUMENTS + TIER_ARGUMENTS[acceleration].format(khz=tsc.khz())
 
 
-def boot_arguments(spec: MachineSpec, acceleration: str) -> list[str]:
+def boot_arguments(given: Descriptors, acceleration: str) -> list[str]:
     append = kernel_arguments(acceleration)
-    return ["-kernel", str(spec.kernel), "-initrd", str(spec.initrd), "-append", append]
+    return ["-kernel", f"/proc/self/fd/{given.kernel}", "-initrd", f"/proc/self/fd/{given.initrd}", "-append", append]
 
 
 class QemuMachine:
@@ -149,6 +178,10 @@ class QemuMachine:
         finally:
             os.close(fd)
         await self._migrate("migrate", "fd:state")
+
+    @property
+    def over_memory(self) -> bool:
+        return self._process.cage.over_memory()
 
     async def wait(self) -> int:
         return await self._process.wait()
@@ -206,8 +239,10 @@ class QemuMachine:
 class QemuDriver:
     name = "qemu"
 
-    def __init__(self, acceleration: str) -> None:
+    def __init__(self, acceleration: str, jails: Jails) -> None:
         self._acceleration = acceleration
+        self._jails = jails
+        self._memories = Memories()
         self.tier = Tier.KVM if acceleration == "kvm" else Tier.EMULATED
         self._version: str | None = None
 
@@ -220,35 +255,37 @@ class QemuDriver:
         kind = self._acceleration
         return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {KERNEL_ARGUMENTS} {TIER_ARGUMENTS[kind]}"
 
-    async def boot(self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path) -> QemuMachine:
-        return await self._spawn(
-            home,
-            lambda sockets: [
-                *machine(spec, self._acceleration),
-                *memory(spec, memory_file, share=True),
-                *disks(spec, disk),
-                *ports(sockets),
-                *boot_arguments(spec, self._acceleration),
-            ],
-        )
+    def close(self) -> None:
+        self._memories.close()
+
+    async def boot(self, saved: Saved, disk: Path, home: Path) -> QemuMachine:
+        with saved.memory.open("xb") as file:
+            os.ftruncate(file.fileno(), saved.spec.memory_mib << 20)
+        with ExitStack() as opened:
+            kernel, initrd = (_held(sealed(file), opened) for file in (saved.spec.kernel, saved.spec.initrd))
+            given = self._give(saved, home, opened, kernel=kernel, initrd=initrd)
+            arguments = [
+                *machine(saved.spec, self._acceleration),
+                *memory(saved.spec, str(saved.memory), share=True),
+                *disks(disk, given),
+                *ports(given),
+                *boot_arguments(given, self._acceleration),
+            ]
+            return await self._spawn(arguments, saved, given, opened, home, (disk, saved.memory))
 
     async def prepare(self, saved: Saved, disk: Path, home: Path, *, background: bool) -> QemuMachine:
-        state = os.open(saved.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            made = await self._spawn(
-                home,
-                lambda sockets: [
-                    *machine(saved.spec, self._acceleration),
-                    *memory(saved.spec, saved.memory, share=False),
-                    *disks(saved.spec, disk),
-                    *ports(sockets),
-                    *("-incoming", "defer"),
-                ],
-                state,
-                background=background,
-            )
-        finally:
-            os.close(state)
+        with ExitStack() as opened:
+            held = _held(await anyio.to_thread.run_sync(self._memories.get, saved.memory), opened)
+            state = _reading(saved.state, opened)
+            given = self._give(saved, home, opened, memory=held, state=state)
+            arguments = [
+                *machine(saved.spec, self._acceleration),
+                *memory(saved.spec, f"/proc/self/fd/{held}", share=False),
+                *disks(disk, given),
+                *ports(given),
+                *("-incoming", "defer"),
+            ]
+            made = await self._spawn(arguments, saved, given, opened, home, (disk,), background=background)
         try:
             await made._skip_shared_memory()
         except BaseException:
@@ -256,24 +293,36 @@ class QemuDriver:
             raise
         return made
 
+    def _give(self, saved: Saved, home: Path, opened: ExitStack, **more: int) -> Descriptors:
+        return Descriptors(
+            qmp=opened.enter_context(_listening(home / "qmp.sock")).fileno(),
+            agent=opened.enter_context(_listening(home / "agent.sock")).fileno(),
+            system=_reading(saved.spec.system, opened),
+            layers=tuple(_reading(layer, opened) for layer in saved.layers),
+            **more,
+        )
+
     async def _spawn(
         self,
+        arguments: Sequence[str],
+        saved: Saved,
+        given: Descriptors,
+        opened: ExitStack,
         home: Path,
-        arguments: Callable[[Sockets], list[str]],
-        state_fd: int | None = None,
+        writable: tuple[Path, ...],
         *,
         background: bool = False,
     ) -> QemuMachine:
-        with _listening(home / "qmp.sock") as qmp_socket, _listening(home / "agent.sock") as agent_socket:
-            sockets = Sockets(qmp_socket.fileno(), agent_socket.fileno())
-            fds = [sockets.qmp, sockets.agent, *([] if state_fd is None else [state_fd])]
-            try:
-                process = VMMProcess.spawn([BINARY, *arguments(sockets)], log=home / "vmm.log", pass_fds=fds)
-            except OSError as exc:
-                raise HostNotReady(f"{BINARY} can't be started: {exc}. {_HOW_TO_GET}") from exc
-        process.in_background(background)
-        made = QemuMachine(process, QMPClient(), home / "agent.sock", state_fd)
+        spec, kvm = saved.spec, self._acceleration == "kvm"
+        needs = Needs(home, spec.vcpus, spec.memory_mib, writable, given.all(), kvm)
         try:
+            process = await VMMProcess.spawn([_binary(), *arguments], self._jails, needs, log=home / "vmm.log")
+        except OSError as exc:
+            raise HostNotReady(f"{BINARY} can't be started: {exc}. {_HOW_TO_GET}") from exc
+        opened.close()  # from here on only the VMM holds its sockets: when it is gone, nobody waits for an answer
+        made = QemuMachine(process, QMPClient(), home / "agent.sock", given.state)
+        try:
+            process.in_background(background)
             await made.connect(home / "qmp.sock")
         except BaseException:
             await made.aclose()
@@ -282,8 +331,8 @@ class QemuDriver:
 
     async def adopt(self, pid: int, home: Path) -> QemuMachine:
         try:
-            process = VMMProcess(pid, home / "vmm.log")
-        except ProcessLookupError as exc:
+            process = VMMProcess.adopt(pid, self._jails, home, log=home / "vmm.log")
+        except (ProcessLookupError, FileNotFoundError) as exc:
             raise BootFailed(f"process {pid} of {home.name} is gone") from exc
         made = QemuMachine(process, QMPClient(), home / "agent.sock", None)
         try:
@@ -295,6 +344,14 @@ class QemuDriver:
 
 
 _HOW_TO_GET = "Install it with: apt-get install qemu-system-x86"
+
+
+def _binary() -> str:
+    """Where QEMU is, past all links. Raises HostNotReady."""
+    found = shutil.which(BINARY)
+    if found is None:
+        raise HostNotReady(f"{BINARY} is not on this host. {_HOW_TO_GET}")
+    return str(Path(found).resolve())
 
 
 def installed_version() -> str:
@@ -311,6 +368,15 @@ def installed_version() -> str:
     if number < OLDEST:
         raise HostNotReady(f"QEMU {version} is too old; at least {OLDEST[0]}.{OLDEST[1]} is needed. {_HOW_TO_GET}")
     return version
+
+
+def _reading(path: Path, opened: ExitStack) -> int:
+    return _held(os.open(path, os.O_RDONLY | os.O_CLOEXEC), opened)
+
+
+def _held(fd: int, opened: ExitStack) -> int:
+    opened.callback(os.close, fd)
+    return fd
 
 
 @contextmanager
