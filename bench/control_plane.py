@@ -24,6 +24,7 @@ from instavm.sandbox import (
     Command,
     Ended,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -57,6 +58,11 @@ class NullNode:
         return {}
 
     async def leave(self) -> None: ...
+
+    tier = Tier.EMULATED
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        return Isolation({"vm_id": vm_id}, "", "")
 
     def memory(self) -> HostMemory:
         return HostMemory(1 << 30, 1 << 30)

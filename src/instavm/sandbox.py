@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 
 class Tier(StrEnum):
@@ -16,6 +16,10 @@ class Tier(StrEnum):
 
     KVM = "kvm"
     EMULATED = "emulated"
+
+    def satisfies(self, wanted: Tier | None) -> bool:
+        """Whether it is at least as strong."""
+        return wanted is None or self is Tier.KVM or wanted is Tier.EMULATED
 
 
 class EndReason(StrEnum):
@@ -38,6 +42,8 @@ class SandboxSpec:
     memory_mib: int
     image: str = "default"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    require_isolation: Tier | None = None
+    """The weakest tier that will do; on less it is not started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,15 @@ class Ended:
     vm_id: str
     reason: EndReason
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What confines a sandbox now, signed by its host: as `wire.isolation.Isolation`."""
+
+    report: Mapping[str, Any]
+    signature: str
+    public_key: str
 
 
 @dataclass(frozen=True, slots=True)

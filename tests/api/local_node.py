@@ -27,6 +27,7 @@ from instavm.sandbox import (
     Ended,
     EndReason,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -179,6 +180,12 @@ class LocalNode:
 
     async def leave(self) -> None:
         return
+
+    tier = Tier.EMULATED
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        self._place(vm_id)
+        return Isolation({"vm_id": vm_id, "tier": "emulated"}, "not signed", "no key")
 
     def memory(self) -> HostMemory:
         return self.host

@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from instavm.cli import doctor, execute, keys, server, tenants, version
+from instavm.cli import doctor, execute, isolation, keys, server, tenants, version
 from instavm.errors import InstaVMError
 
 INTERRUPTED: Final = 130
@@ -24,6 +24,7 @@ app.command("exec", help="Run code in a fresh sandbox and print what it prints."
 app.command("serve", help="Serve the HTTP API in the foreground.")(server.serve)
 app.command("doctor", help="Check what this host needs to run sandboxes.")(doctor.doctor)
 app.command("version", help="Print the version.")(version.version)
+app.add_typer(isolation.app, name="isolation", help="What confines a sandbox, signed by its host.")
 app.add_typer(keys.app, name="key", help="API keys of this host's server.")
 app.add_typer(tenants.app, name="tenant", help="Accounts of this host's server, and what each may have.")
 

@@ -13,13 +13,14 @@ import anyio.to_thread
 
 from instavm import limits
 from instavm.client.binding import Binding
-from instavm.client.calls import executions, files, sessions, tasks, users
+from instavm.client.calls import executions, files, isolation, sessions, tasks, users
 from instavm.client.config import Config
 from instavm.client.places import LocalPath, landing
 from instavm.client.results import (
     AppUrl,
     DownloadedFile,
     Execution,
+    Isolation,
     Sandbox,
     SessionInfo,
     SessionStatus,
@@ -52,10 +53,20 @@ class AsyncInstaVM(Binding):
         memory_mb: int | None = None,
         env: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        require_isolation: str | None = None,
         auto_start_session: bool = True,
     ) -> None:
-        sizes = {"cpu_count": cpu_count, "memory_mb": memory_mb}
-        config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
+        config = Config.of(
+            api_key,
+            base_url,
+            timeout,
+            max_retries,
+            cpu_count=cpu_count,
+            memory_mb=memory_mb,
+            env=env,
+            metadata=metadata,
+            require_isolation=require_isolation,
+        )
         super().__init__(config)
         self._link = AsyncLink(config)
         self._auto_start = auto_start_session
@@ -141,6 +152,11 @@ class AsyncInstaVM(Binding):
             return (await self.get_session_status(session_id)).vm_status == "active"
         except InstaVMError:
             return False
+
+    async def get_isolation(self, vm_id: str | None = None) -> Isolation:
+        """As `InstaVM.get_isolation`."""
+        target = vm_id or (await self.get_session_info())["vm_id"] or ""
+        return await self._link.send(isolation.get(target))
 
     async def get_usage(self, session_id: str | None = None) -> SessionUsage:
         """As `InstaVM.get_usage`."""

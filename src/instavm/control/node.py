@@ -9,12 +9,14 @@ from instavm.sandbox import (
     Command,
     Ended,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
     SandboxSpec,
     Started,
     StoredFile,
+    Tier,
 )
 
 
@@ -22,7 +24,7 @@ class Node(Protocol):
     async def start(self, spec: SandboxSpec) -> Started:
         """Bring up a sandbox. When it returns, user code may run; when it raises, nothing of it is left.
 
-        Raises: NoCapacity, BootFailed, HostNotReady, DiskFull.
+        Raises: NoCapacity, BootFailed, HostNotReady, IsolationTooWeak, DiskFull.
         """
         ...
 
@@ -67,6 +69,15 @@ class Node(Protocol):
 
     async def leave(self) -> None:
         """The server goes, its sandboxes shall stay: from now on closing the node ends none of them."""
+        ...
+
+    @property
+    def tier(self) -> Tier:
+        """What confines every sandbox that is started here."""
+        ...
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        """What confines this sandbox now, read from the running system and signed. Raises: SessionEnded."""
         ...
 
     def memory(self) -> HostMemory:

@@ -82,10 +82,11 @@ class Sessions:
         """Make a session, let its sandbox begin to boot, and return as soon as both are recorded.
 
         session_id: set aside for it; when a server that is no more has made it already, it is that one.
-        Raises: ForbiddenError, QuotaExceededError, NoCapacity; then nothing was made.
+        Raises: ForbiddenError, QuotaExceededError, NoCapacity, IsolationTooWeak; then nothing was made.
         """
         if session_id is not None and (made := await self._recall(session_id)) is not None:
             return made
+        self._vms.refuse_weaker(ask.require_isolation)
         self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, ask.vm_lifetime_seconds)
         row = SessionRow(
             id=session_id or new_session_id(),
@@ -98,7 +99,10 @@ class Sessions:
             image="default",
             metadata=ask.metadata,
             env_keys=tuple(sorted(ask.env)),
-            options=ask.options() if isinstance(ask, CreateVm) else {},
+            options={
+                **(ask.options() if isinstance(ask, CreateVm) else {}),
+                **({} if ask.require_isolation is None else {"require_isolation": str(ask.require_isolation)}),
+            },
         )
         session = Session(row, ask.env, tenant=tenant)
         self._rows.add(row)

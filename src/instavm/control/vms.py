@@ -19,8 +19,8 @@ from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, HostNotReady, InstaVMError
-from instavm.sandbox import Ended, EndReason, SandboxSpec, Started
+from instavm.errors import BootFailed, HostNotReady, InstaVMError, IsolationTooWeak
+from instavm.sandbox import Ended, EndReason, Isolation, SandboxSpec, Started, Tier
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +130,16 @@ class Vms:
         """Variables for everything that starts in it from now on. Values go to the guest and stay nowhere else."""
         await self._node.stage_env(vm.id, env)
 
+    def refuse_weaker(self, wanted: Tier | None) -> None:
+        """Raises: IsolationTooWeak, when this host confines its sandboxes less than that."""
+        if not self._node.tier.satisfies(wanted):
+            raise IsolationTooWeak(
+                f"require_isolation: {wanted} asked for, sandboxes of this host are {self._node.tier}"
+            )
+
+    async def isolation(self, vm: Vm) -> Isolation:
+        return await self._node.isolation(vm.id)
+
     def next_end_s(self) -> float | None:
         """Seconds until the first lifetime runs out, if any sandbox is up; nobody knows who is killed before."""
         return min((left for vm in self._live.values() if (left := vm.remaining_s()) is not None), default=None)
@@ -154,7 +164,10 @@ class Vms:
         """Begin to boot a sandbox and return at once. Raises: HostNotReady, while the server stops."""
         if self._stopping:
             raise HostNotReady("the server is stopping; start it again and repeat the call")
-        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env)
+        wanted = session.options.get("require_isolation")
+        spec = SandboxSpec(
+            new_vm_id(), session.vcpus, session.memory_mib, session.image, env, None if wanted is None else Tier(wanted)
+        )
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC))
         self._live[vm.id] = vm
         self._rows.add_vm(vm.row())

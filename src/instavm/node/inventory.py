@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from instavm.node.jail.cgroups import Cgroups
+
 VMMS = ("qemu-system", "firecracker")
 JAILERS = ("bwrap",)
 """What starts a VMM and waits for its end; known by the same folder in its command line."""
@@ -22,12 +24,15 @@ class Inventory:
 
     processes: frozenset[int]
     homes: frozenset[str]
+    groups: frozenset[str] = frozenset()
+    """Machines that have a control group."""
 
 
 def take(state_dir: Path) -> Inventory:
     folder = state_dir / "machines"
     homes = frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset[str]()
-    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes)
+    groups = Cgroups(state_dir).machines() if state_dir.is_dir() else frozenset[str]()
+    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes, groups)
 
 
 def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psutil.Process]:

@@ -17,11 +17,12 @@ from instavm.errors import (
     GuestProtocolError,
     HostNotReady,
     InstaVMError,
+    IsolationTooWeak,
     NoCapacity,
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.node import doctor, files, identity, inventory
+from instavm.node import doctor, files, identity, inventory, isolation
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.jail.jail import Jails
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
@@ -33,12 +34,14 @@ from instavm.sandbox import (
     Ended,
     EndReason,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
     SandboxSpec,
     Started,
     StoredFile,
+    Tier,
 )
 from instavm.settings import Settings
 
@@ -68,7 +71,6 @@ class Sandbox:
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
-        self.over_limit = False
 
     def lost(self, why: str) -> None:
         """It can't go on; the reason is kept for who asks."""
@@ -90,6 +92,7 @@ class Runtime:
     ) -> None:
         self._settings = settings
         self._jails = jails
+        self._signer = isolation.Signer(settings.state_dir)
         self._driver = driver
         self._probe = probe
         self._images = images
@@ -136,7 +139,24 @@ class Runtime:
                             await runtime.stop(vm_id)
                     tasks.cancel_scope.cancel()
 
+    @property
+    def tier(self) -> Tier:
+        return self._driver.tier
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        machine = self._usable(vm_id).prepared
+        info = await self.info()
+        jail = self._settings.jail
+        told = await anyio.to_thread.run_sync(
+            isolation.report, vm_id, machine.home.name, machine.machine.pid, info, jail, self._jails.cgroups
+        )
+        return self._signer.sign(told)
+
     async def start(self, spec: SandboxSpec) -> Started:
+        if not self._driver.tier.satisfies(spec.require_isolation):
+            raise IsolationTooWeak(
+                f"require_isolation: {spec.require_isolation} asked for, this host has {self._driver.tier} ({self._probe})"
+            )
         total = doctor.host_memory_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
@@ -234,8 +254,11 @@ class Runtime:
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
         if sandbox.why is not None:
-            reason = EndReason.OVER_LIMIT if sandbox.over_limit else EndReason.CRASHED
-            self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
+            if sandbox.prepared.machine.over_memory:
+                why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
+                self._on_end(Ended(sandbox.vm_id, EndReason.OVER_LIMIT, why))
+            else:
+                self._on_end(Ended(sandbox.vm_id, EndReason.CRASHED, sandbox.why))
 
     async def _adopt(self) -> None:
         """Take over what runs here already; remove what is nobody's."""
@@ -265,11 +288,7 @@ class Runtime:
 
     async def _until_end(self, sandbox: Sandbox) -> None:
         async def died() -> None:
-            machine = sandbox.prepared.machine
-            status = await machine.wait()
-            if machine.over_memory:
-                sandbox.over_limit = True
-                sandbox.lost("the host ended the machine: its VMM used more memory than a sandbox of this size may")
+            status = await sandbox.prepared.machine.wait()
             sandbox.lost(f"the machine ended by itself (status {status})")
 
         async with anyio.create_task_group() as tasks:

@@ -39,6 +39,10 @@ LifetimeS = Annotated[
 Metadata = Annotated[dict[str, Any], or_({}), AfterValidator(_bounded)]
 
 
+RequireIsolation = Tier | None
+"""The weakest tier that will do: a host that has only less refuses, and nothing is started."""
+
+
 class CreateSession(Wire):
     """`POST /v1/sessions/session`. `env` values are never stored, answered or logged."""
 
@@ -48,6 +52,7 @@ class CreateSession(Wire):
     memory_mb: MemoryMib = limits.MEMORY_MIB_DEFAULT
     metadata: Metadata = Field(default_factory=dict)
     env: Env = Field(default_factory=dict, repr=False)
+    require_isolation: RequireIsolation = None
 
 
 class Start(Wire):

@@ -63,19 +63,18 @@ class Cage:
         self._uids = uids
         self._cgroups = cgroups
         self._vcpus = vcpus
+        self.over_memory = False
+        """Whether the host ended it for using more memory than it may; known once it was removed."""
 
     def idle(self, idle: bool) -> None:
         if self._cgroups is not None:
             self._cgroups.idle(self.machine, idle, self._vcpus)
 
-    def over_memory(self) -> bool:
-        """Whether the host ended it for using more memory than it may."""
-        return self._cgroups is not None and self._cgroups.over_memory(self.machine)
-
     def remove(self) -> None:
         """Once the VMM is gone. Twice is fine."""
         try:
             if self._cgroups is not None:
+                self.over_memory = self.over_memory or self._cgroups.over_memory(self.machine)
                 self._cgroups.remove(self.machine)
         finally:
             if self._uids is not None and self.uid is not None:

@@ -66,7 +66,7 @@ class Machine(Protocol):
 
     @property
     def over_memory(self) -> bool:
-        """Whether the host ended it for using more memory than it may; to be asked before `aclose`."""
+        """Whether the host ended it for using more memory than it may; known after `aclose`."""
         ...
 
     async def wait(self) -> int:

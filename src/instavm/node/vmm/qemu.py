@@ -181,7 +181,7 @@ class QemuMachine:
 
     @property
     def over_memory(self) -> bool:
-        return self._process.cage.over_memory()
+        return self._process.cage.over_memory
 
     async def wait(self) -> int:
         return await self._process.wait()
