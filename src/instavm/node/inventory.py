@@ -41,10 +41,15 @@ def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psuti
     for process in psutil.process_iter():
         try:
             ours = any(mark in argument for argument in process.cmdline())
-            if ours and Path(process.exe()).name.startswith(kinds):
+            if ours and _program(process.pid).startswith(kinds):
                 yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
             continue
+
+
+def _program(pid: int) -> str:
+    """What it runs now. psutil would tell what it ran when it was first asked, and a jail's process changes that."""
+    return Path(f"/proc/{pid}/exe").readlink().name
 
 
 def running(folder: Path) -> dict[str, int]:
