@@ -119,7 +119,7 @@ async def test_its_control_groups_hold_what_was_asked_for(start, node, vcpus, me
         assert str(sandbox.machine.pid) in (Path(where) / "cgroup.procs").read_text().split()
     set_to = cgroups.read(machine)
     quota = int((vcpus + 0.5) * PERIOD_US)
-    memory = memory_mib + EMULATOR_MIB << 20
+    memory = 2 * memory_mib + EMULATOR_MIB << 20
     versions = cgroups.controllers
     assert set_to["cpu.max" if versions["cpu"] == 2 else "cpu.cfs_quota_us"].split()[0] == str(quota)
     assert set_to["memory.max" if versions["memory"] == 2 else "memory.limit_in_bytes"] == str(memory)

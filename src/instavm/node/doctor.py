@@ -10,6 +10,7 @@ from pathlib import Path
 
 from instavm.errors import InstaVMError
 from instavm.node.images.store import ImageStore
+from instavm.node.jail import jail
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.vmm import choose, qemu
 from instavm.sandbox import HostMemory
@@ -43,6 +44,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     for program, package in PROGRAMS.items():
         found = shutil.which(program)
         yield Check(program, found is not None, found or "not found", f"apt-get install {package}")
+    yield _jail(settings)
     yield _kvm()
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
     yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
@@ -55,6 +57,15 @@ def _qemu() -> Check:
         return Check("qemu", True, qemu.installed_version())
     except InstaVMError as exc:
         return Check("qemu", False, str(exc), "apt-get install qemu-system-x86")
+
+
+def _jail(settings: Settings) -> Check:
+    if settings.jail == "off":
+        return Check("jail", False, "INSTAVM_JAIL=off: VMMs run unconfined, as the server", "unset INSTAVM_JAIL")
+    try:
+        return Check("jail", True, jail.check(settings))
+    except InstaVMError as exc:
+        return Check("jail", False, str(exc), jail.HOW_TO_GET)
 
 
 def _kvm() -> Check:

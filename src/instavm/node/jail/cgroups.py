@@ -45,7 +45,9 @@ class Limits:
 
     @property
     def memory_bytes(self) -> int:
-        return self.memory_mib + EMULATOR_MIB << 20
+        """The guest's memory twice: a page that its template had not touched is counted once in the template's sealed
+        memory, by whoever touches it first, and once as the sandbox's own copy."""
+        return 2 * self.memory_mib + EMULATOR_MIB << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Cgroups:
         for tree in self._trees:
             group = self._group(tree, machine)
             group.mkdir()
-            for name, value in _settings(tree, limits, self._device):
+            for name, value in settings_of(tree, limits, self._device):
                 (group / name).write_text(value)
 
     def put(self, machine: str, pid: int) -> None:
@@ -198,7 +200,8 @@ _FILES = {
 }
 
 
-def _settings(tree: Hierarchy, limits: Limits, device: str | None) -> Iterator[tuple[str, str]]:
+def settings_of(tree: Hierarchy, limits: Limits, device: str | None) -> Iterator[tuple[str, str]]:
+    """What is written into which file of a machine's group, in order."""
     quota = str(int(limits.cpus * PERIOD_US))
     new = tree.version == 2
     if "cpu" in tree.controllers:

@@ -42,7 +42,7 @@ class Uids:
                 if uid not in self._held and uid not in busy and self._lock(uid, fcntl.F_WRLCK):
                     self._held.add(uid)
                     return uid
-        raise HostNotReady(f"all {self._count} uids from {self._first} on are in use; raise INSTAVM_JAIL_UIDS")
+        raise HostNotReady(f"all {self._count} uids from {self._first} on are in use; raise INSTAVM_JAIL_UID_COUNT")
 
     def adopt(self, uid: int) -> bool:
         """Take over the lease of a VMM that runs already; False when `uid` is none of ours, or another server has it."""

@@ -15,6 +15,9 @@ from pathlib import Path
 
 KEPT = 8
 """Templates whose memory is kept ready; the least recently used one goes first. What runs on it keeps it all the same."""
+GROWN_MAX = 256 << 20
+"""Bytes by which a copy may grow. A page that nobody had written takes memory once somebody touches it, and keeps it for as
+long as the copy is there; one that has grown by more is left to those who run on it, and the next gets a new one."""
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -22,7 +25,8 @@ class Memories:
     """Owns the descriptors. Costs as much of the host's memory as is written in each file."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[tuple[int, int, int], int] = OrderedDict()
+        self._made: OrderedDict[tuple[int, int, int], tuple[int, int]] = OrderedDict()
+        """File → descriptor of its copy, and what that took when it was new, in bytes."""
         self._one_at_a_time = threading.Lock()
 
     def get(self, file: Path) -> int:
@@ -30,17 +34,20 @@ class Memories:
         with self._one_at_a_time:
             about = file.stat()
             key = about.st_dev, about.st_ino, about.st_mtime_ns
+            if key in self._made and _taken(self._made[key][0]) > self._made[key][1] + GROWN_MAX:
+                os.close(self._made.pop(key)[0])
             if key not in self._made:
-                self._made[key] = sealed(file)
+                copy = sealed(file)
+                self._made[key] = copy, _taken(copy)
             self._made.move_to_end(key)
             while len(self._made) > KEPT:
-                os.close(self._made.popitem(last=False)[1])
-            return os.dup(self._made[key])
+                os.close(self._made.popitem(last=False)[1][0])
+            return os.dup(self._made[key][0])
 
     def close(self) -> None:
         with self._one_at_a_time:
             while self._made:
-                os.close(self._made.popitem()[1])
+                os.close(self._made.popitem()[1][0])
 
 
 def sealed(file: Path) -> int:
@@ -64,6 +71,10 @@ def sealed(file: Path) -> int:
         return copy
     finally:
         os.close(source)
+
+
+def _taken(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
 
 
 def _data(fd: int, at: int, size: int) -> int:
