@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from instavm.cli import doctor, execute, isolation, keys, server, tenants, version
+from instavm.cli import doctor, execute, isolation, keys, server, templates, tenants, version
 from instavm.errors import InstaVMError
 
 INTERRUPTED: Final = 130
@@ -25,6 +25,7 @@ app.command("serve", help="Serve the HTTP API in the foreground.")(server.serve)
 app.command("doctor", help="Check what this host needs to run sandboxes.")(doctor.doctor)
 app.command("version", help="Print the version.")(version.version)
 app.add_typer(isolation.app, name="isolation", help="What confines a sandbox, signed by its host.")
+app.add_typer(templates.app, name="template", help="Templates: what their clones have in common.")
 app.add_typer(keys.app, name="key", help="API keys of this host's server.")
 app.add_typer(tenants.app, name="tenant", help="Accounts of this host's server, and what each may have.")
 
