@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -22,7 +23,7 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.node import doctor, files, identity, inventory, isolation
+from instavm.node import disks, doctor, files, identity, inventory, isolation
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.jail.jail import Jails
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
@@ -71,6 +72,7 @@ class Sandbox:
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
+        self.over_disk = False
 
     def lost(self, why: str) -> None:
         """It can't go on; the reason is kept for who asks."""
@@ -132,6 +134,7 @@ class Runtime:
                 runtime = cls(settings, jails, driver, probe, images, templates, machines, tasks)
                 try:
                     await runtime._adopt()
+                    tasks.start_soon(disks.watch, machines.folder, runtime._disks, runtime._over_disk)
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -258,7 +261,16 @@ class Runtime:
                 why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
                 self._on_end(Ended(sandbox.vm_id, EndReason.OVER_LIMIT, why))
             else:
-                self._on_end(Ended(sandbox.vm_id, EndReason.CRASHED, sandbox.why))
+                reason = EndReason.OVER_LIMIT if sandbox.over_disk else EndReason.CRASHED
+                self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
+
+    def _disks(self) -> dict[str, Path]:
+        return {vm_id: sandbox.prepared.home / "disk.qcow2" for vm_id, sandbox in self._live.items()}
+
+    def _over_disk(self, vm_id: str, why: str) -> None:
+        log.warning("%s is ended: %s", vm_id, why)
+        self._live[vm_id].over_disk = True
+        self._live[vm_id].lost(why)
 
     async def _adopt(self) -> None:
         """Take over what runs here already; remove what is nobody's."""
