@@ -12,7 +12,7 @@ from instavm.errors import InstaVMError
 from instavm.node.images.store import ImageStore
 from instavm.node.jail import jail
 from instavm.node.machines import FREE_BYTES_MIN
-from instavm.node.vmm import choose, qemu
+from instavm.node.vmm import qemu
 from instavm.sandbox import HostMemory
 from instavm.settings import Settings
 
@@ -70,9 +70,9 @@ def _jail(settings: Settings) -> Check:
 
 def _kvm() -> Check:
     """Never a failure: without KVM sandboxes are emulated, and say so."""
-    if not choose.KVM_DEVICE.exists():
+    if not jail.KVM_DEVICE.exists():
         return Check("kvm", True, "no /dev/kvm: sandboxes run on the emulated tier")
-    if not os.access(choose.KVM_DEVICE, os.R_OK | os.W_OK):
+    if not os.access(jail.KVM_DEVICE, os.R_OK | os.W_OK):
         return Check("kvm", True, "/dev/kvm is not yours to open (group kvm): sandboxes run on the emulated tier")
     return Check("kvm", True, "/dev/kvm opens; whether a guest boots on it is tried when the server starts")
 

@@ -121,3 +121,22 @@ def test_a_host_where_bubblewrap_fails_is_refused_with_the_way_out(tmp_path, mon
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(HostNotReady, match=r"No permissions.*INSTAVM_JAIL=off"):
         jail.check(Settings())
+
+
+@pytest.mark.parametrize(
+    ("mode", "gid", "groups"),
+    [(0o666, 0, ()), (0o660, 107, (107,)), (0o600, 0, None), (0o660, 0, None), (0o600, 107, None)],
+)
+def test_kvm_is_opened_through_its_group_or_not_at_all(tmp_path, monkeypatch, mode, gid, groups):
+    """A VMM is not root: a device that only root may open is named with the remedy, and nothing falls back."""
+    device = tmp_path / "kvm"
+    device.touch()
+    os.chown(device, 0, gid)
+    device.chmod(mode)
+    monkeypatch.setattr(jail, "KVM_DEVICE", device)
+    needs = jail.Needs(tmp_path, 1, 256, kvm=True)
+    if groups is None:
+        with pytest.raises(HostNotReady, match="chgrp kvm"):
+            jail._kvm(needs)
+    else:
+        assert jail._kvm(needs) == ((str(device),), groups)

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 UID_LOCKS = Path("/run/instavm-uids.lock")
 """One for the host, whatever folders its servers use."""
+KVM_DEVICE = Path("/dev/kvm")
 WALLS_S = 10.0
 """How long bubblewrap may take to make a jail; it needs milliseconds."""
 DESCRIPTORS = 256
@@ -259,12 +260,21 @@ def check(settings: Settings) -> str:
 
 
 def _kvm(needs: Needs) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The device and the group that may open it, where it is used."""
+    """The device and the group that may open it, where it is used. Raises HostNotReady: only root may."""
     if not needs.kvm:
         return (), ()
-    about = Path("/dev/kvm").stat()
-    opened_by_group = about.st_mode & 0o060 == 0o060 and about.st_gid != 0
-    return ("/dev/kvm",), (about.st_gid,) if opened_by_group else ()
+    try:
+        about = KVM_DEVICE.stat()
+    except OSError as exc:
+        raise HostNotReady(f"{KVM_DEVICE}: {exc.strerror}") from exc
+    if about.st_mode & 0o006 == 0o006:
+        return (str(KVM_DEVICE),), ()
+    if about.st_mode & 0o060 == 0o060 and about.st_gid != 0:
+        return (str(KVM_DEVICE),), (about.st_gid,)
+    raise HostNotReady(
+        f"{KVM_DEVICE} can be opened by root alone, and VMMs don't run as root: give it to a group"
+        " (chgrp kvm, chmod 660), or set INSTAVM_ACCELERATION=tcg"
+    )
 
 
 def _spawn(argv: Sequence[str], descriptors: Sequence[int], output: int) -> subprocess.Popen[bytes]:

@@ -11,12 +11,11 @@ from pathlib import Path
 import anyio
 
 from instavm.node.images.store import GuestBase, ImageStore
-from instavm.node.jail.jail import Jails
+from instavm.node.jail.jail import KVM_DEVICE, Jails
 from instavm.node.vmm import qemu
 from instavm.node.vmm.base import Driver
 from instavm.settings import Settings
 
-KVM_DEVICE = Path("/dev/kvm")
 PROBE_DEADLINE_S = 8.0
 """Hardware virtualisation needs well under a second; what takes longer is not what a sandbox should run on."""
 
