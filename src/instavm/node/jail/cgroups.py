@@ -25,7 +25,7 @@ EMULATOR_MIB = 256
 """What a VMM may use beyond the guest's memory: 64 for translated code, the rest is room; some 100 were seen in use."""
 TASKS = 160
 """Threads of one VMM: vCPUs, its main loop, and up to 64 for its disks."""
-TOGETHER_SHARES = 10
+TOGETHER_SHARES = 2
 """How much CPU all sandboxes together weigh against one other process at the root, in multiples of it."""
 EMPTY_S = 2.0
 
