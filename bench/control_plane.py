@@ -27,6 +27,7 @@ from instavm.sandbox import (
     EgressLog,
     Ended,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -111,6 +112,11 @@ class NullNode:
         return {}
 
     async def leave(self) -> None: ...
+
+    tier = Tier.EMULATED
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        return Isolation({"vm_id": vm_id}, "", "")
 
     def memory(self) -> HostMemory:
         return HostMemory(1 << 30, 1 << 30)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from instavm.errors import HostNotReady as HostNotReady
     from instavm.errors import InstaVMError as InstaVMError
     from instavm.errors import InvalidInput as InvalidInput
+    from instavm.errors import IsolationTooWeak as IsolationTooWeak
     from instavm.errors import NetworkError as NetworkError
     from instavm.errors import NoCapacity as NoCapacity
     from instavm.errors import NotFound as NotFound
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from instavm.errors import SessionEnded as SessionEnded
     from instavm.errors import SessionError as SessionError
     from instavm.errors import SessionNotFound as SessionNotFound
+    from instavm.errors import SignatureError as SignatureError
     from instavm.errors import UnsupportedOperationError as UnsupportedOperationError
 
 _ERRORS: Final = (
@@ -51,6 +53,7 @@ _ERRORS: Final = (
     "HostNotReady",
     "InstaVMError",
     "InvalidInput",
+    "IsolationTooWeak",
     "NetworkError",
     "NoCapacity",
     "NotFound",
@@ -63,6 +66,7 @@ _ERRORS: Final = (
     "SessionEnded",
     "SessionError",
     "SessionNotFound",
+    "SignatureError",
     "UnsupportedOperationError",
 )
 _HOME: Final = {

@@ -24,12 +24,14 @@ InstaVMError
 ├── RateLimitError          try again later
 │   └── NoCapacity          the host is full
 ├── HostNotReady            this host lacks something: says what, and how to get it
-│   └── ServerStopping         the server is about to end and begins nothing any more: repeat the call at the next one
+│   ├── ServerStopping         the server is about to end and begins nothing any more: repeat the call at the next one
+│   └── IsolationTooWeak       it can't confine a sandbox as strongly as was asked for; none was started
 ├── BootFailed              the sandbox did not come up; nothing of it is left
 │   ├── CorruptTemplate     a saved template does not match its checksum; it is set aside and rebuilt
 │   └── CorruptSnapshot     what was saved is cut off, altered, or made by another VMM, kernel or CPU: it is not run
 ├── DiskFull                the host's disk, or the sandbox's own: the text says which
 ├── GuestProtocolError      the guest sent what the protocol does not allow; its sandbox is ended
+├── SignatureError          what is said to be signed by a host was not signed by it, or was altered
 ├── NetworkError            the server could not be reached or did not answer (client side)
 └── UnsupportedOperationError
 """
@@ -159,6 +161,10 @@ class ServerStopping(HostNotReady):
     code = "server_stopping"
 
 
+class IsolationTooWeak(HostNotReady):
+    code = "isolation_too_weak"
+
+
 class BootFailed(InstaVMError):
     code = "boot_failed"
 
@@ -177,6 +183,10 @@ class DiskFull(InstaVMError):
 
 class GuestProtocolError(InstaVMError):
     code = "guest_protocol"
+
+
+class SignatureError(InstaVMError):
+    code = "bad_signature"
 
 
 class NetworkError(InstaVMError):

@@ -98,6 +98,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "vm_lifetime_seconds": f"a whole number from {LIFETIME_S_MIN} to {LIFETIME_S_MAX} (seconds)",
     "timeout": f"a number from {EXECUTE_TIMEOUT_S_MIN} to {EXECUTE_TIMEOUT_S_MAX} (seconds)",
     "language": "one of " + ", ".join(LANGUAGES),
+    "require_isolation": "kvm or emulated",
     "command": f"code that is not blank, at most {COMMAND_BYTES} bytes of UTF-8",
     "env": (
         f"at most {ENV_VARIABLES} variables with names of letters, digits and _ (no digit first) and with"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 
 class Tier(StrEnum):
@@ -17,6 +17,10 @@ class Tier(StrEnum):
 
     KVM = "kvm"
     EMULATED = "emulated"
+
+    def satisfies(self, wanted: Tier | None) -> bool:
+        """Whether it is at least as strong."""
+        return wanted is None or self is Tier.KVM or wanted is Tier.EMULATED
 
 
 class EndReason(StrEnum):
@@ -26,6 +30,8 @@ class EndReason(StrEnum):
     LIFETIME = "lifetime"
     BOOT_FAILED = "boot_failed"
     CRASHED = "crashed"
+    OVER_LIMIT = "over_limit"
+    """Its VMM used more of the host than a sandbox of its size may."""
     NODE_LOST = "node_lost"
     SERVER_STOPPED = "server_stopped"
     RESUMED = "resumed"
@@ -92,6 +98,8 @@ class SandboxSpec:
     egress: Egress = NOTHING
     resumes: str | None = None
     """The id of a sandbox at rest that this one goes on from; `image` and sizes are what they were."""
+    require_isolation: Tier | None = None
+    """The weakest tier that will do; on less it is not started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +264,15 @@ class Ended:
     vm_id: str
     reason: EndReason
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What confines a sandbox now, signed by its host: as `wire.isolation.Isolation`."""
+
+    report: Mapping[str, Any]
+    signature: str
+    public_key: str
 
 
 @dataclass(frozen=True, slots=True)

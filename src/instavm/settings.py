@@ -43,6 +43,18 @@ class Settings(BaseSettings):
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
     """`auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
 
+    jail: Literal["on", "off"] = "on"
+    """`off`: VMMs run as the server's own user with all its rights. Only for a host that can't do better."""
+    jail_uid_first: int = Field(1_950_000_000, ge=1000, lt=1 << 31)
+    """The first of the uids that VMMs run under; no person or service of this host may have one of them."""
+    jail_uid_count: int = Field(65_536, ge=1, le=1 << 24)
+    """How many there are; each running VMM takes one."""
+    io_mib_per_s: int = Field(256, ge=1)
+    """What one sandbox may read, and what it may write, of the host's disk. (Pages that the host still holds in memory
+    count for neither.)"""
+    io_operations_per_s: int = Field(16_384, ge=16)
+    """The same in operations."""
+
     boot_timeout_s: float = Field(120.0, gt=0)
     """VMM started → agent's hello, when a template is booted cold."""
     restore_timeout_s: float = Field(20.0, gt=0)

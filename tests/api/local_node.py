@@ -44,6 +44,7 @@ from instavm.sandbox import (
     Ended,
     EndReason,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -271,6 +272,12 @@ class LocalNode:
 
     def _stored_at(self, name: str) -> Stored:
         return Stored(name, sum(file.stat().st_size for file in (self._root / name).rglob("*")), 0)
+
+    tier = Tier.EMULATED
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        self._place(vm_id)
+        return Isolation({"vm_id": vm_id, "tier": "emulated"}, "not signed", "no key")
 
     def memory(self) -> HostMemory:
         return self.host

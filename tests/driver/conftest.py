@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from instavm.node.images.store import ImageStore
+from instavm.node.jail.jail import Jails
 from instavm.node.templates import Templates
 from instavm.node.vmm.qemu import QemuDriver
 
@@ -36,11 +37,14 @@ def image(images):
 
 
 @pytest.fixture(scope="session", params=["tcg"])
-async def driver(request, anyio_backend):
+async def driver(request, settings, anyio_backend):
     """KVM joins the list where it works; the machines that this is developed on have none that does."""
-    driver = QemuDriver(request.param)
-    await driver.version()
-    return driver
+    settings.state_dir.mkdir(mode=0o700, exist_ok=True)
+    with Jails.open(settings) as jails:
+        driver = QemuDriver(request.param, jails)
+        await driver.version()
+        yield driver
+        driver.close()
 
 
 @pytest.fixture(scope="session")

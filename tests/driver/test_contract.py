@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import anyio
 import pytest
@@ -91,7 +92,7 @@ async def test_the_end_of_a_machine_is_seen_and_closing_twice_is_fine(machine):
 async def test_a_state_that_can_not_be_loaded_is_a_boot_failure(driver, template, home, short_folder):
     broken = short_folder / "broken-state"
     broken.write_bytes(template.saved.state.read_bytes()[:1000])
-    saved = type(template.saved)(template.saved.spec, template.saved.memory, broken)
+    saved = replace(template.saved, state=broken)
     machine = await driver.prepare(saved, home / "disk.qcow2", home, background=False)
     try:
         with pytest.raises(BootFailed):
@@ -107,7 +108,13 @@ async def test_a_vmm_that_is_missing_says_how_to_get_it(driver, template, home, 
 
 
 async def test_a_vmm_that_stops_at_once_says_why(driver, template, home):
-    with pytest.raises(BootFailed, match="no-such-disk"):
+    (home / "disk.qcow2").write_bytes(b"this is no disk")
+    with pytest.raises(BootFailed, match="not in qcow2 format"):
+        await driver.prepare(template.saved, home / "disk.qcow2", home, background=False)
+
+
+async def test_a_disk_that_is_missing_is_named(driver, template, home):
+    with pytest.raises(HostNotReady, match="no-such-disk"):
         await driver.prepare(template.saved, home / "no-such-disk", home, background=False)
 
 
@@ -120,7 +127,7 @@ async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(guest, 
     assert not works and "does not boot on it within" in words
 
 
-async def test_the_answer_of_the_probe_is_remembered(settings, monkeypatch):
+async def test_the_answer_of_the_probe_is_remembered(settings, driver, monkeypatch):
     asked = []
 
     async def ask(guest):
@@ -132,6 +139,6 @@ async def test_the_answer_of_the_probe_is_remembered(settings, monkeypatch):
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     automatic = settings.model_copy(update={"acceleration": "auto"})
     for _ in range(2):
-        driver, words = await choose.choose(automatic)
-        assert (driver.tier, words) == ("emulated", "it was asked")
+        chosen, words = await choose.choose(automatic, driver._jails)
+        assert (chosen.tier, words) == ("emulated", "it was asked")
     assert len(asked) == 1

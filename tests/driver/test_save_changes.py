@@ -47,7 +47,8 @@ async def save(machine, template, home):
     await machine.save_changes(template.saved.memory, home / "state", home / "changes")
     await machine.new_layer(home / "disk-2.qcow2")
     await machine.resume()
-    return Saved(template.saved.spec, template.saved.memory, home / "state", home / "changes")
+    layers = (home / "disk.qcow2", *template.saved.layers)
+    return Saved(template.saved.spec, template.saved.memory, home / "state", layers, home / "changes")
 
 
 async def test_parent_and_child_go_on_from_the_same_moment(driver, template, homes):

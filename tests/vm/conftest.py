@@ -78,4 +78,5 @@ def networks_match(node):
 def waiting(node):
     """Machines that wait for a sandbox are no leftovers; whatever else runs or has a folder is."""
     ready = node._machines.prepared()
-    return inventory.Inventory(frozenset(one.machine.pid for one in ready), frozenset(one.home.name for one in ready))
+    names = frozenset(one.home.name for one in ready)
+    return inventory.Inventory(frozenset(one.machine.pid for one in ready), names, names)

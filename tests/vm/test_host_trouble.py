@@ -9,12 +9,12 @@ import sys
 import anyio
 import pytest
 
-from instavm.errors import BootFailed, DiskFull, HostNotReady
+from instavm.errors import BootFailed, DiskFull, HostNotReady, OutcomeUnknown
 from instavm.node import inventory
 from instavm.node.machines import Machines
 from instavm.node.runtime import Runtime
 from instavm.node.vmm.qemu import QemuMachine
-from instavm.sandbox import Command, SandboxSpec
+from instavm.sandbox import Command, EndReason, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 SPEC = SandboxSpec("vm-trouble", 2, 512)
@@ -57,6 +57,32 @@ async def test_a_full_disk_is_told_and_leaves_nothing(own):
         subprocess.run(["umount", own.state_dir], check=True)
 
 
+async def test_a_sandbox_that_fills_the_hosts_disk_is_ended_and_its_neighbour_goes_on(own):
+    own.state_dir.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800m", "tmpfs", own.state_dir], check=True)
+    try:
+        async with Runtime.open(own) as node:
+            ended = []
+            node.on_end(ended.append)
+            neighbour = SandboxSpec("vm-neighbour", 2, 512)
+            await node.start(SPEC)
+            await node.start(neighbour)
+            fill = "head -c 700M /dev/zero | tr '\\0' x > /app/big"
+            with pytest.raises(OutcomeUnknown):
+                await node.execute(SPEC.vm_id, Command(fill, "bash", 200))
+            with anyio.fail_after(10):
+                while not ended:
+                    await anyio.sleep(0.02)
+            assert [(end.vm_id, end.reason) for end in ended] == [(SPEC.vm_id, EndReason.OVER_LIMIT)]
+            assert "the host's disk is full" in ended[0].detail
+            wrote = await node.execute(
+                neighbour.vm_id, Command("head -c 1M /dev/zero > /app/x; sync; ls /app", "bash", 60)
+            )
+            assert wrote.stdout == "x\n"
+    finally:
+        subprocess.run(["umount", own.state_dir], check=True)
+
+
 async def test_an_image_that_is_not_there_says_how_to_get_it(own, monkeypatch):
     async with Runtime.open(own) as node:
         monkeypatch.setattr(node._images, "find", lambda name: None)
@@ -94,7 +120,7 @@ async def test_a_template_that_was_altered_is_made_again(own, settings, short_fo
 SERVER = """
 import anyio, sys
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Command, SandboxSpec
+from instavm.sandbox import Command, EndReason, SandboxSpec
 from instavm.settings import Settings
 
 async def main():

@@ -16,7 +16,7 @@ from instavm.border.link import Kind, Link, linked
 from instavm.control.node import Node
 from instavm.errors import InstaVMError, OutcomeUnknown
 from instavm.node import memory
-from instavm.sandbox import Ended, HostMemory
+from instavm.sandbox import Ended, HostMemory, Tier
 
 UNWIND_S: Final = 30.0
 """How long a call that was cancelled may take to undo what it has begun."""
@@ -49,6 +49,7 @@ class RemoteNode:
     """Its methods are those of `Node`; what they raise is what the node raised, or OutcomeUnknown when it is gone."""
 
     link: Link
+    tier: Tier
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -174,7 +175,9 @@ async def connected(end: socket.socket, lost: Callable[[], None] = lambda: None)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch)
         try:
-            yield cast(Node, remote)
+            node = cast(Node, remote)
+            remote.tier = (await node.info()).tier
+            yield node
         finally:
             tasks.cancel_scope.cancel()
             remote.link.close()

@@ -26,8 +26,11 @@ async def serve(node: Node, end: socket.socket) -> None:
         service = Service(node, tasks)
         service.link = link = await linked(end, service.take)
         node.on_end(lambda ended: link.send(Kind.ENDED, 0, dumped(ENDED, ended)))
-        await link.closed.wait()
-        tasks.cancel_scope.cancel()
+        try:
+            await link.closed.wait()
+            tasks.cancel_scope.cancel()
+        finally:
+            link.close()
 
 
 class Call:

@@ -8,7 +8,20 @@ from typing import Final
 
 import typer
 
-from instavm.cli import bench, doctor, egress, execute, keys, processes, server, snapshots, tenants, version
+from instavm.cli import (
+    bench,
+    doctor,
+    egress,
+    execute,
+    isolation,
+    keys,
+    processes,
+    server,
+    snapshots,
+    templates,
+    tenants,
+    version,
+)
 from instavm.errors import InstaVMError
 
 INTERRUPTED: Final = 130
@@ -30,6 +43,8 @@ app.command("doctor", help="Check what this host needs to run sandboxes.")(docto
 app.command("bench", help="Measure how fast this machine starts and runs sandboxes.")(bench.bench)
 app.command("version", help="Print the version.")(version.version)
 app.add_typer(egress.app, name="egress", help="What a sandbox may reach, and where it went.")
+app.add_typer(isolation.app, name="isolation", help="What confines a sandbox, signed by its host.")
+app.add_typer(templates.app, name="template", help="Templates: what their clones have in common.")
 app.add_typer(keys.app, name="key", help="API keys of this host's server.")
 app.add_typer(snapshots.app, name="snapshot", help="Disks to start sandboxes from: taken of VMs, or built from images.")
 app.add_typer(tenants.app, name="tenant", help="Accounts of this host's server, and what each may have.")

@@ -15,7 +15,7 @@ import anyio.to_thread
 from instavm import limits
 from instavm.client.binding import Binding, vm_of
 from instavm.client.branches import AsyncBranches
-from instavm.client.calls import executions, files, sessions, snapshots, tasks, users, vms
+from instavm.client.calls import executions, files, isolation, sessions, snapshots, tasks, users, vms
 from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import AsyncEgress
@@ -27,6 +27,7 @@ from instavm.client.results import (
     DownloadedFile,
     EgressPolicy,
     Execution,
+    Isolation,
     Resumed,
     Sandbox,
     SessionInfo,
@@ -61,10 +62,20 @@ class AsyncInstaVM(Binding):
         memory_mb: int | None = None,
         env: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        require_isolation: str | None = None,
         auto_start_session: bool = True,
     ) -> None:
-        sizes = {"cpu_count": cpu_count, "memory_mb": memory_mb}
-        config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
+        config = Config.of(
+            api_key,
+            base_url,
+            timeout,
+            max_retries,
+            cpu_count=cpu_count,
+            memory_mb=memory_mb,
+            env=env,
+            metadata=metadata,
+            require_isolation=require_isolation,
+        )
         super().__init__(config)
         self._link = AsyncLink(config)
         self.processes = AsyncProcesses(self._link, self._session)
@@ -202,6 +213,11 @@ class AsyncInstaVM(Binding):
             return (await self.get_session_status(session_id)).vm_status == "active"
         except InstaVMError:
             return False
+
+    async def get_isolation(self, vm_id: str | None = None) -> Isolation:
+        """As `InstaVM.get_isolation`."""
+        target = vm_id or (await self.get_session_info())["vm_id"] or ""
+        return await self._link.send(isolation.get(target))
 
     async def get_usage(self, session_id: str | None = None) -> SessionUsage:
         """As `InstaVM.get_usage`."""

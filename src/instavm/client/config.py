@@ -33,6 +33,7 @@ class Config:
         memory_mb: int | None,
         env: Mapping[str, Any] | None,
         metadata: Mapping[str, Any] | None,
+        require_isolation: str | None = None,
     ) -> Config:
         """Raises: AuthenticationError (no key), InvalidInput."""
         key = (os.environ.get("INSTAVM_API_KEY") if api_key is None else api_key) or ""
@@ -43,7 +44,12 @@ class Config:
         if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
             raise InvalidInput("max_retries", max_retries, "a whole number from 0")
         given = sessions.wanted(
-            lifetime_s=timeout, cpu_count=cpu_count, memory_mb=memory_mb, env=env, metadata=metadata
+            lifetime_s=timeout,
+            cpu_count=cpu_count,
+            memory_mb=memory_mb,
+            env=env,
+            metadata=metadata,
+            require_isolation=require_isolation,
         )
         return cls(key.strip(), _address(base_url), given, max_retries)
 

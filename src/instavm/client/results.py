@@ -285,6 +285,15 @@ class DownloadedFile(Record):
     local_path: str
 
 
+class Isolation(Record):
+    """What confines a sandbox: `report`, and the `signature` of its host, to be checked with `instavm isolation verify`."""
+
+    report: dict[str, Any]
+    signature: str
+    public_key: str
+    algorithm: str
+
+
 class User(Record):
     id: str
     email: str | None

@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack
 from instavm import limits
 from instavm.client.binding import Binding, vm_of
 from instavm.client.branches import Branches
-from instavm.client.calls import executions, files, sessions, snapshots, tasks, users, vms
+from instavm.client.calls import executions, files, isolation, sessions, snapshots, tasks, users, vms
 from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import Egress
@@ -24,6 +24,7 @@ from instavm.client.results import (
     DownloadedFile,
     EgressPolicy,
     Execution,
+    Isolation,
     Resumed,
     Sandbox,
     SessionInfo,
@@ -53,8 +54,9 @@ class InstaVM(Binding):
     sent twice.
     cpu_count: 1 to 8. memory_mb: 256 to 8192. env: variables for all code in the sandbox; numbers and
         booleans become text. metadata: labels, to find it again with `list_sandboxes`.
+    require_isolation: `kvm` or `emulated`, the weakest tier that will do; a host that has only less starts nothing.
     auto_start_session: False = the session is made by the first call that needs one.
-    Raises: AuthenticationError, InvalidInput, HostNotReady, NetworkError, RateLimitError.
+    Raises: AuthenticationError, InvalidInput, HostNotReady (IsolationTooWeak), NetworkError, RateLimitError.
     """
 
     def __init__(
@@ -68,10 +70,20 @@ class InstaVM(Binding):
         memory_mb: int | None = None,
         env: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        require_isolation: str | None = None,
         auto_start_session: bool = True,
     ) -> None:
-        sizes = {"cpu_count": cpu_count, "memory_mb": memory_mb}
-        config = Config.of(api_key, base_url, timeout, max_retries, **sizes, env=env, metadata=metadata)
+        config = Config.of(
+            api_key,
+            base_url,
+            timeout,
+            max_retries,
+            cpu_count=cpu_count,
+            memory_mb=memory_mb,
+            env=env,
+            metadata=metadata,
+            require_isolation=require_isolation,
+        )
         super().__init__(config)
         self._link = Link(config)
         self.processes = Processes(self._link, self._session)
@@ -249,6 +261,14 @@ class InstaVM(Binding):
             return self.get_session_status(session_id).vm_status == "active"
         except InstaVMError:
             return False
+
+    def get_isolation(self, vm_id: str | None = None) -> Isolation:
+        """What confines a sandbox (this session's, or the one named) now, as its host's kernel tells it, signed by the host.
+
+        Raises: NotFound; as `execute`.
+        """
+        target = vm_id or self.get_session_info()["vm_id"] or ""
+        return self._link.send(isolation.get(target))
 
     def get_usage(self, session_id: str | None = None) -> SessionUsage:
         """How much was executed, and for how long, over the session's whole life."""

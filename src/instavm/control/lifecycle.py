@@ -35,6 +35,7 @@ WORD_OF_END: Final[Mapping[EndReason, str]] = {
     EndReason.LIFETIME: "killed",
     EndReason.BOOT_FAILED: "failed",
     EndReason.CRASHED: "failed",
+    EndReason.OVER_LIMIT: "failed",
     EndReason.NODE_LOST: "failed",
     EndReason.SERVER_STOPPED: "terminated",
     EndReason.RESUMED: "terminated",

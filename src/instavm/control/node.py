@@ -12,6 +12,7 @@ from instavm.sandbox import (
     EgressLog,
     Ended,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -25,6 +26,7 @@ from instavm.sandbox import (
     Started,
     Stored,
     StoredFile,
+    Tier,
 )
 
 
@@ -32,7 +34,7 @@ class Node(Protocol):
     async def start(self, spec: SandboxSpec) -> Started:
         """Bring up a sandbox. When it returns, user code may run; when it raises, nothing of it is left.
 
-        Raises: NoCapacity, BootFailed, HostNotReady, DiskFull.
+        Raises: NoCapacity, BootFailed, HostNotReady, IsolationTooWeak, DiskFull.
         """
         ...
 
@@ -158,6 +160,15 @@ class Node(Protocol):
 
     async def leave(self) -> None:
         """The server goes, its sandboxes shall stay: from now on closing the node ends none of them."""
+        ...
+
+    @property
+    def tier(self) -> Tier:
+        """What confines every sandbox that is started here."""
+        ...
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        """What confines this sandbox now, read from the running system and signed. Raises: SessionEnded."""
         ...
 
     def memory(self) -> HostMemory:

@@ -113,10 +113,11 @@ class Sessions:
 
         image: the id of a disk snapshot that the caller may use; None = the default image.
         session_id: set aside for it; when a server that is no more has made it already, it is that one.
-        Raises: ForbiddenError, QuotaExceededError, NoCapacity; then nothing was made.
+        Raises: ForbiddenError, QuotaExceededError, NoCapacity, IsolationTooWeak; then nothing was made.
         """
         if session_id is not None and (made := await self._recall(tenant, session_id)) is not None:
             return made
+        self._vms.refuse_weaker(ask.require_isolation)
         self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, ask.vm_lifetime_seconds)
         row = SessionRow(
             id=session_id or new_session_id(),
@@ -129,7 +130,10 @@ class Sessions:
             image="default" if image is None else image,
             metadata=ask.metadata,
             env_keys=tuple(sorted(ask.env)),
-            options=ask.options() if isinstance(ask, CreateVm) else {},
+            options={
+                **(ask.options() if isinstance(ask, CreateVm) else {}),
+                **({} if ask.require_isolation is None else {"require_isolation": str(ask.require_isolation)}),
+            },
         )
         session = Session(row, ask.env, tenant=tenant)
         self._rows.add(row)

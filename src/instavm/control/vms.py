@@ -20,8 +20,8 @@ from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
 from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
-from instavm.errors import BootFailed, InstaVMError, OutcomeUnknown, ServerStopping, SessionEnded
-from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, SandboxSpec, Started
+from instavm.errors import BootFailed, InstaVMError, IsolationTooWeak, OutcomeUnknown, ServerStopping, SessionEnded
+from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, Isolation, SandboxSpec, Started, Tier
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,16 @@ class Vms:
         await vm.settled.wait()
         return await self._node.egress_log(vm.id)
 
+    def refuse_weaker(self, wanted: Tier | None) -> None:
+        """Raises: IsolationTooWeak, when this host confines its sandboxes less than that."""
+        if not self._node.tier.satisfies(wanted):
+            raise IsolationTooWeak(
+                f"require_isolation: {wanted} asked for, sandboxes of this host are {self._node.tier}"
+            )
+
+    async def isolation(self, vm: Vm) -> Isolation:
+        return await self._node.isolation(vm.id)
+
     def next_end_s(self) -> float | None:
         """Seconds until the first lifetime runs out, if any sandbox is up; nobody knows who is killed before."""
         return min((left for vm in self._live.values() if (left := vm.remaining_s()) is not None), default=None)
@@ -211,7 +221,17 @@ class Vms:
         if self._stopping:
             raise ServerStopping("the server is stopping; start it again and repeat the call")
         saved = None if resumes is None else resumes.id
-        spec = SandboxSpec(new_vm_id(), session.vcpus, session.memory_mib, session.image, env, egress, saved)
+        wanted = session.options.get("require_isolation")
+        spec = SandboxSpec(
+            new_vm_id(),
+            session.vcpus,
+            session.memory_mib,
+            session.image,
+            env,
+            egress,
+            saved,
+            None if wanted is None else Tier(wanted),
+        )
         vm = Vm(spec, session.id, session.tenant_id, session.lifetime_s, datetime.now(UTC), egress=egress)
         vm.resumes, vm.birth = resumes, birth
         vm.auto_suspend = bool(session.options.get("auto_suspend"))

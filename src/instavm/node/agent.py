@@ -291,7 +291,7 @@ class Agent:
             async with self._sending:
                 await self._stream.send(frames.encode(kind, number, payload))
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            raise OutcomeUnknown("the sandbox was lost on the way") from None
+            raise self._lost or OutcomeUnknown("the sandbox was lost on the way") from None
 
     async def execute(self, command: Command, on_output: OutputSink | None = None) -> Outcome:
         """Raises OutcomeUnknown, GuestProtocolError, ExecutionError."""
@@ -321,7 +321,7 @@ class Agent:
                 await self._stream.send(frames.encode_json(kind, number, message))
             await request.done.wait()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            raise OutcomeUnknown("the sandbox was lost while the command was sent") from None
+            raise self._lost or OutcomeUnknown("the sandbox was lost while the command was sent") from None
         except anyio.get_cancelled_exc_class():
             if "task" not in message:  # a task goes on without us
                 await self._cancel(number)

@@ -11,9 +11,10 @@ from pathlib import Path
 from instavm.errors import InstaVMError
 from instavm.node import memory
 from instavm.node.images.store import ImageStore
+from instavm.node.jail import jail
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.network import space
-from instavm.node.vmm import choose, qemu
+from instavm.node.vmm import qemu
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}
@@ -33,6 +34,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     for program, package in PROGRAMS.items():
         found = shutil.which(program)
         yield Check(program, found is not None, found or "not found", f"apt-get install {package}")
+    yield _jail(settings)
     yield _kvm()
     yield _network()
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
@@ -48,11 +50,20 @@ def _qemu() -> Check:
         return Check("qemu", False, str(exc), "apt-get install qemu-system-x86")
 
 
+def _jail(settings: Settings) -> Check:
+    if settings.jail == "off":
+        return Check("jail", False, "INSTAVM_JAIL=off: VMMs run unconfined, as the server", "unset INSTAVM_JAIL")
+    try:
+        return Check("jail", True, jail.check(settings))
+    except InstaVMError as exc:
+        return Check("jail", False, str(exc), jail.HOW_TO_GET)
+
+
 def _kvm() -> Check:
     """Never a failure: without KVM sandboxes are emulated, and say so."""
-    if not choose.KVM_DEVICE.exists():
+    if not jail.KVM_DEVICE.exists():
         return Check("kvm", True, "no /dev/kvm: sandboxes run on the emulated tier")
-    if not os.access(choose.KVM_DEVICE, os.R_OK | os.W_OK):
+    if not os.access(jail.KVM_DEVICE, os.R_OK | os.W_OK):
         return Check("kvm", True, "/dev/kvm is not yours to open (group kvm): sandboxes run on the emulated tier")
     return Check("kvm", True, "/dev/kvm opens; whether a guest boots on it is tried when the server starts")
 

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from instavm.node.jail.cgroups import Cgroups
+
 VMMS = ("qemu-system", "firecracker")
+JAILERS = ("bwrap",)
+"""What starts a VMM and waits for its end; known by the same folder in its command line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +24,32 @@ class Inventory:
 
     processes: frozenset[int]
     homes: frozenset[str]
+    groups: frozenset[str] = frozenset()
+    """Machines that have a control group."""
 
 
 def take(state_dir: Path) -> Inventory:
     folder = state_dir / "machines"
     homes = frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset[str]()
-    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes)
+    groups = Cgroups(state_dir).machines() if state_dir.is_dir() else frozenset[str]()
+    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes, groups)
 
 
-def vmm_processes(folder: Path) -> Iterator[psutil.Process]:
+def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psutil.Process]:
     """VMM processes whose disk lies under `folder`: known by what they run on, not by a number written down somewhere."""
     mark = f"{folder}/"
     for process in psutil.process_iter():
         try:
             ours = any(mark in argument for argument in process.cmdline())
-            if ours and Path(process.exe()).name.startswith(VMMS):
+            if ours and _program(process.pid).startswith(kinds):
                 yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
             continue
+
+
+def _program(pid: int) -> str:
+    """What it runs now. psutil would tell what it ran when it was first asked, and a jail's process changes that."""
+    return Path(f"/proc/{pid}/exe").readlink().name
 
 
 def running(folder: Path) -> dict[str, int]:
@@ -61,9 +73,10 @@ def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
     Only with the state directory's lock held.
     """
     folder = state_dir / "machines"
-    ended = [
-        process.pid for process in vmm_processes(folder) if _machine(process, folder) not in keep and _end(process)
-    ]
+    ended: list[int] = []
+    while found := [one for one in vmm_processes(folder, VMMS + JAILERS) if _machine(one, folder) not in keep]:
+        # again, until there is none: a jail whose server died while it was made may become a VMM under our eyes
+        ended += [process.pid for process in found if _end(process)]
     if folder.is_dir():
         for home in folder.iterdir():
             if home.name not in keep:
@@ -73,7 +86,7 @@ def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:
 
 def remove_unfinished(folder: Path) -> None:
     """A template that was being made in `folder` when its maker was killed: end the machine that was booted, remove the rest."""
-    for process in vmm_processes(folder):
+    for process in vmm_processes(folder, VMMS + JAILERS):
         _end(process)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+from instavm.errors import CorruptSnapshot
+from instavm.settings import Settings
 
 LINKS: Final = "layers"
 DEEP: Final = 4
@@ -19,11 +23,15 @@ DEEP: Final = 4
 _BACKING: Final = struct.Struct(">8xQI")
 """Of a qcow2 header: where the name of the file below begins, and how long it is."""
 _NAME_MAX: Final = 1023
+_MAGIC: Final = b"QFI\xfb"
+_DEPTH_MAX: Final = 64
 
 
 class Layers:
-    def __init__(self, state_dir: Path) -> None:
-        self.folder = state_dir / "layers"
+    def __init__(self, settings: Settings) -> None:
+        self.folder = settings.state_dir / "layers"
+        self._templates = (settings.cache_dir / "templates", settings.state_dir / "templates")
+        self._images = settings.cache_dir / "images"
 
     def path(self, layer: str) -> Path:
         return self.folder / layer
@@ -34,6 +42,11 @@ class Layers:
         (owner / LINKS).mkdir(mode=0o700, exist_ok=True)
         os.link(file, owner / LINKS / layer)
         os.link(file, self.path(layer))
+
+    def close(self, layer: str) -> None:
+        """Nobody writes to it any more: it is the server's, and no VMM's uid may open it. Raises OSError."""
+        os.chown(self.path(layer), os.geteuid(), os.getegid())
+        self.path(layer).chmod(0o400)
 
     def shared(self, layer: str, owner: Path) -> bool:
         """Let `owner` stand on a layer that there may be. Returns: whether there is. Raises OSError."""
@@ -50,6 +63,21 @@ class Layers:
         for layer in held(owner):
             os.link(self.path(layer), other / LINKS / layer)
 
+    def under(self, disk: Path, *owners: Path) -> tuple[Path, ...]:
+        """The files that a disk of one of `owners` stands on, nearest first: their layers, disks of templates, images.
+
+        The names are read from headers, which VMMs have written. Raises CorruptSnapshot: one is none of those.
+        """
+        layers = frozenset[str]().union(*(held(owner) for owner in owners))
+
+        def allowed(file: Path) -> bool:
+            if file.parent == self.folder:
+                return file.name in layers
+            of_template = file.name == "disk.qcow2" and file.parent.parent in self._templates
+            return of_template or file.is_relative_to(self._images)
+
+        return below(disk, allowed)
+
     def sweep(self) -> list[str]:
         """Remove the layers that nobody stands on; their names."""
         gone = []
@@ -63,6 +91,32 @@ class Layers:
         """What `sweep` would remove."""
         files = self.folder.iterdir() if self.folder.is_dir() else ()
         return [file.name for file in files if file.stat().st_nlink == 1]
+
+
+def below(disk: Path, allowed: Callable[[Path], bool]) -> tuple[Path, ...]:
+    """The files that a disk stands on, nearest first, as their headers say.
+
+    A header is what a VMM has written, so each name in it must be one that is `allowed`. Raises CorruptSnapshot.
+    """
+    found: list[Path] = []
+    while (backing := _backing(found[-1] if found else disk)) is not None:
+        if len(found) == _DEPTH_MAX or os.path.normpath(backing) != str(backing) or not allowed(backing):
+            raise CorruptSnapshot(f"{disk.name} stands on what it may not stand on")
+        found.append(backing)
+    return tuple(found)
+
+
+def _backing(disk: Path) -> Path | None:
+    """What a qcow2 names in its header; None for one that stands on nothing, and for a plain image."""
+    with disk.open("rb") as file:
+        head = file.read(_BACKING.size)
+        if len(head) < _BACKING.size or not head.startswith(_MAGIC):
+            return None
+        offset, length = _BACKING.unpack(head)
+        if not offset:
+            return None
+        file.seek(offset)
+        return Path(os.fsdecode(file.read(min(length, _NAME_MAX))))
 
 
 def held(owner: Path) -> frozenset[str]:

@@ -35,6 +35,7 @@ class Sandbox:
         self.stop = anyio.Event()
         self.gone = anyio.Event()
         self.why: str | None = None
+        self.over_disk = False
         self.at_rest = False
         self.saving = anyio.Lock()
         """Held while its disk or its memory is being saved: one at a time."""

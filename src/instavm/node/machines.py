@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,7 +126,9 @@ class Prepared:
 
     def record(self, about: Record) -> None:
         """Leave a note of what the next server must know to adopt it."""
-        (self.home / RECORD).write_text(json.dumps(asdict(about)))
+        note = self.home / RECORD
+        note.touch(mode=0o600)
+        note.write_text(json.dumps(asdict(about)))
 
 
 @dataclass(slots=True)
@@ -158,13 +160,14 @@ class Machines:
         state_dir: Path,
         driver: Driver,
         networks: Networks,
+        layers: Layers,
         *,
         spares: int,
         warm_max: int,
         warm_memory_mib: int,
     ) -> None:
         self.folder = state_dir / "machines"
-        self._layers = Layers(state_dir)
+        self._layers = layers
         self._driver = driver
         self._networks = networks
         self._spares_wanted = spares
@@ -329,6 +332,9 @@ class Machines:
         background: bool,
     ) -> Prepared:
         tap = None if network is None else network.tap
+        if not saved.layers:
+            layers = await anyio.to_thread.run_sync(self._layers.under, home / "disk.qcow2", home, template.folder)
+            saved = replace(saved, layers=layers)
         machine = await self._driver.prepare(saved, home / "disk.qcow2", home, background=background, tap=tap)
         try:
             if network is not None:

@@ -8,7 +8,8 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from pathlib import Path
 
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
@@ -19,13 +20,15 @@ from instavm.errors import (
     CorruptTemplate,
     HostNotReady,
     InstaVMError,
+    IsolationTooWeak,
     NoCapacity,
     SessionEnded,
 )
-from instavm.node import files, identity, inventory, memory, processes
+from instavm.node import disks, files, identity, inventory, isolation, memory, processes
 from instavm.node.agent import Agent
 from instavm.node.images import oci, rootfs
 from instavm.node.images.store import Image, ImageStore
+from instavm.node.jail.jail import Jails
 from instavm.node.layers import DEEP, Layers, held
 from instavm.node.live import Sandbox, Steps, told
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
@@ -44,6 +47,7 @@ from instavm.sandbox import (
     Ended,
     EndReason,
     HostMemory,
+    Isolation,
     NodeInfo,
     Outcome,
     OutputSink,
@@ -57,6 +61,7 @@ from instavm.sandbox import (
     Started,
     Stored,
     StoredFile,
+    Tier,
 )
 from instavm.settings import Settings
 
@@ -67,6 +72,7 @@ class Runtime:
     def __init__(
         self,
         settings: Settings,
+        jails: Jails,
         driver: Driver,
         probe: str,
         images: ImageStore,
@@ -77,6 +83,8 @@ class Runtime:
         tasks: TaskGroup,
     ) -> None:
         self._settings = settings
+        self._jails = jails
+        self._signer = isolation.Signer(settings.state_dir)
         self._driver = driver
         self._probe = probe
         self._images = images
@@ -104,15 +112,19 @@ class Runtime:
         Every sandbox ends with the block, unless `leave` was called.
         Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
         """
-        with _owned(settings):
-            driver, probe = await choose(settings)
+        with ExitStack() as undo:
+            undo.enter_context(_owned(settings))
+            jails = undo.enter_context(Jails.open(settings))
+            driver, probe = await choose(settings, jails)
+            undo.callback(driver.close)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
-            networks = Networks(settings)
+            networks, layers = Networks(settings), Layers(settings)
             machines = Machines(
                 settings.state_dir,
                 driver,
                 networks,
+                layers,
                 spares=settings.spare_machines,
                 warm_max=settings.warm_machines,
                 warm_memory_mib=settings.warm_memory_mib,
@@ -120,13 +132,13 @@ class Runtime:
             async with networks.open(), machines.open(), anyio.create_task_group() as tasks:
                 trust = await anyio.to_thread.run_sync(Trust, settings.egress_ca_file)
                 templates = Templates(settings, driver, guest, networks, trust)
-                layers = Layers(settings.state_dir)
-                runtime = cls(settings, driver, probe, images, templates, machines, networks, layers, tasks)
+                runtime = cls(settings, jails, driver, probe, images, templates, machines, networks, layers, tasks)
                 try:
                     await runtime._adopt()
                     await anyio.to_thread.run_sync(templates.clear)
                     await anyio.to_thread.run_sync(runtime._snapshots.sweep)
                     await runtime._sweep()
+                    tasks.start_soon(disks.watch, machines.folder, runtime._disks, runtime._over_disk)
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -134,7 +146,24 @@ class Runtime:
                             await runtime.stop(vm_id)
                     tasks.cancel_scope.cancel()
 
+    @property
+    def tier(self) -> Tier:
+        return self._driver.tier
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        machine = self._usable(vm_id).prepared
+        info = await self.info()
+        jail = self._settings.jail
+        told = await anyio.to_thread.run_sync(
+            isolation.report, vm_id, machine.home.name, machine.machine.pid, info, jail, self._jails.cgroups
+        )
+        return self._signer.sign(told)
+
     async def start(self, spec: SandboxSpec) -> Started:
+        if not self._driver.tier.satisfies(spec.require_isolation):
+            raise IsolationTooWeak(
+                f"require_isolation: {spec.require_isolation} asked for, this host has {self._driver.tier} ({self._probe})"
+            )
         total = memory.total_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
@@ -413,15 +442,30 @@ class Runtime:
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
         if sandbox.why is not None:
-            self._on_end(Ended(sandbox.vm_id, EndReason.CRASHED, sandbox.why))
+            if sandbox.prepared.machine.over_memory:
+                why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
+                self._on_end(Ended(sandbox.vm_id, EndReason.OVER_LIMIT, why))
+            else:
+                reason = EndReason.OVER_LIMIT if sandbox.over_disk else EndReason.CRASHED
+                self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
+
+    def _disks(self) -> dict[str, Path]:
+        return {vm_id: sandbox.prepared.disk for vm_id, sandbox in self._live.items()}
+
+    def _over_disk(self, vm_id: str, why: str) -> None:
+        log.warning("%s is ended: %s", vm_id, why)
+        self._live[vm_id].over_disk = True
+        self._live[vm_id].lost(why)
 
     async def _adopt(self) -> None:
         """Take over what runs here already; remove what is nobody's."""
         running = await anyio.to_thread.run_sync(inventory.running, self._machines.folder)
         records = {name: found for name in running if (found := read_record(self._machines.folder / name)) is not None}
-        ended = await anyio.to_thread.run_sync(inventory.clear, self._settings.state_dir, frozenset(records))
+        keep = frozenset(records)
+        ended = await anyio.to_thread.run_sync(inventory.clear, self._settings.state_dir, keep)
+        await anyio.to_thread.run_sync(self._jails.clear, keep)
         if ended:
-            log.warning("ended %d machines that belonged to nobody", len(ended))
+            log.warning("ended %d processes of machines that belonged to nobody", len(ended))
         async with anyio.create_task_group() as tasks:
             for name, record in records.items():
                 tasks.start_soon(self._adopt_one, name, running[name], record)

@@ -87,7 +87,7 @@ class Saving:
                 pause_ms = (time.perf_counter() - began) * 1000
             await anyio.to_thread.run_sync(self._layers.share, prepared.home, folder)
             spec = template.saved.spec
-            saved = Saved(spec, template.saved.memory, folder / STATE, folder / CHANGES)
+            saved = Saved(spec, template.saved.memory, folder / STATE, (), folder / CHANGES)
             yield Copy(template.key, saved, layer, folder, pause_ms)
 
     async def snapshot(self, name: str, prepared: Prepared, template: Template) -> float:
@@ -145,7 +145,7 @@ class Saving:
         spec = template.saved.spec
         if not spec.system.exists() and (folder / SYSTEM).exists():
             spec = replace(spec, system=folder / SYSTEM)
-        saved = Saved(spec, template.saved.memory, folder / STATE, folder / CHANGES)
+        saved = Saved(spec, template.saved.memory, folder / STATE, (), folder / CHANGES)
         return Copy(template.key, saved, about.disk, folder, 0.0)
 
     def stored(self, name: str, pause_ms: float = 0.0) -> Stored:
@@ -186,7 +186,7 @@ class Saving:
             old.unlink()
             raise
         await anyio.to_thread.run_sync(old.unlink)
-        self._layers.path(layer).chmod(0o400)
+        await anyio.to_thread.run_sync(self._layers.close, layer)
 
     def _name_layer(self, home: Path, old: Path, template: Template, new: Path) -> str:
         layer = secrets.token_hex(12) + old.suffix
@@ -205,6 +205,7 @@ class Saving:
         layer = secrets.token_hex(12) + ".qcow2"
         self._layers.share(prepared.home, folder)
         self._layers.link(prepared.disk, layer, folder)
+        self._layers.close(layer)
         return self._layers.path(layer)
 
     def _manifest(self, kind: Literal["disk", "memory"], disk: str, template: Template) -> Manifest:

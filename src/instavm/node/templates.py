@@ -95,7 +95,7 @@ class Templates:
         """networks: None, or networks that this host can't make = machines without a network device."""
         self._shared = settings.cache_dir / "templates"
         self.own = settings.state_dir / "templates"
-        self._layers = Layers(settings.state_dir)
+        self._layers = Layers(settings)
         self._driver = driver
         self._guest = guest
         self._boot_timeout_s = settings.boot_timeout_s
@@ -124,7 +124,9 @@ class Templates:
                 if cold:
                     await self._build(template, image)
             registries = await anyio.to_thread.run_sync(_registries, template.folder)
-            self._verified[key] = template = replace(template, registries=registries)
+            layers = await anyio.to_thread.run_sync(self._layers.under, template.blank, template.folder)
+            saved = replace(template.saved, layers=layers)
+            self._verified[key] = template = replace(template, saved=saved, registries=registries)
             return template, cold
 
     async def by_key(self, key: str) -> Template:
@@ -143,7 +145,9 @@ class Templates:
                 self._verified[key] = Template(
                     key,
                     folder,
-                    Saved(spec, folder / "memory", folder / "state"),
+                    Saved(
+                        spec, folder / "memory", folder / "state", self._layers.under(folder / "blank.qcow2", folder)
+                    ),
                     told["env"],
                     told["workdir"],
                     told["image"],
@@ -205,7 +209,7 @@ class Templates:
         folder = (self._shared if image.owner is None else self.own) / key
         guest = self._guest
         spec = MachineSpec(guest.kernel, guest.initrd, guest.system, vcpus, memory_mib, network=self._network)
-        saved = Saved(spec, folder / "memory", folder / "state")
+        saved = Saved(spec, folder / "memory", folder / "state", ())  # what it stands on is known once it is there
         return Template(key, folder, saved, dict(image.env), image.workdir, image.name, image.digest, guest.digest)
 
     async def _usable(self, template: Template) -> bool:
@@ -221,12 +225,12 @@ class Templates:
 
     async def _build(self, template: Template, image: Image) -> None:
         with _building(template.folder) as folder:
-            disk, memory = folder / "disk.qcow2", folder / "memory"
+            disk = folder / "disk.qcow2"
             await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
             if image.owner is not None:
                 await anyio.to_thread.run_sync(self._layers.share, image.owner, folder)
                 await anyio.to_thread.run_sync(pin, image.owner, folder, BELOW)
-            registries = await self._boot(template, image, disk, memory, folder)
+            registries = await self._boot(template, image, disk, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
             await _qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
@@ -234,13 +238,13 @@ class Templates:
                 (folder / leftover).unlink(missing_ok=True)
             await anyio.to_thread.run_sync(_seal, folder, template, registries)
 
-    async def _boot(
-        self, template: Template, image: Image, disk: Path, memory: Path, folder: Path
-    ) -> tuple[Registry, ...]:
+    async def _boot(self, template: Template, image: Image, disk: Path, folder: Path) -> tuple[Registry, ...]:
+        layers = await anyio.to_thread.run_sync(self._layers.under, disk, folder)
+        saved = Saved(template.saved.spec, folder / "memory", folder / "state", layers)
         network = None if self._networks is None else await self._networks.make()
         try:
             tap = None if network is None else network.tap
-            machine = await self._driver.boot(template.saved.spec, disk, memory, folder, tap=tap)
+            machine = await self._driver.boot(saved, disk, folder, tap=tap)
             return await self._furnish(machine, template, image, folder)
         finally:
             if network is not None:
@@ -304,7 +308,9 @@ def verify(folder: Path) -> None:
 
 def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) -> None:
     names = ("memory", "state", "disk.qcow2", "blank.qcow2")
+    folder.chmod(0o700)
     for name in names:
+        os.chown(folder / name, os.geteuid(), os.getegid())  # the VMM that wrote it is gone, and so is its uid
         (folder / name).chmod(0o400)
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())

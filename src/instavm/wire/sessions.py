@@ -40,6 +40,10 @@ LifetimeS = Annotated[
 Metadata = Annotated[dict[str, Any], or_({}), AfterValidator(_bounded)]
 
 
+RequireIsolation = Tier | None
+"""The weakest tier that will do: a host that has only less refuses, and nothing is started."""
+
+
 class CreateSession(Wire):
     """`POST /v1/sessions/session`. `env` values are never stored, answered or logged."""
 
@@ -50,6 +54,7 @@ class CreateSession(Wire):
     metadata: Metadata = Field(default_factory=dict)
     env: Env = Field(default_factory=dict, repr=False)
     egress_policy: SetEgress | None = None
+    require_isolation: RequireIsolation = None
 
 
 class Start(Wire):
@@ -70,7 +75,7 @@ class Session(Wire):
     session_id: UUID
     status: str
     reason: str | None = None
-    """Why the latest sandbox ended: killed, lifetime, boot_failed, crashed, node_lost, server_stopped."""
+    """Why the latest sandbox ended: killed, lifetime, boot_failed, crashed, over_limit, node_lost, server_stopped."""
     vm_id: str | None = None
     created_at: Timestamp
     expires_at: Timestamp | None = None

@@ -12,7 +12,7 @@ from instavm.errors import UnsupportedOperationError
 from instavm.wire.base import Timestamp, Wire
 from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
-from instavm.wire.sessions import MemoryMib, Metadata, Start, Vcpus, or_
+from instavm.wire.sessions import MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
 
 VmLifetimeS = Annotated[
     int, or_(limits.LIFETIME_S_DEFAULT), Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)
@@ -40,6 +40,7 @@ class CreateVm(Wire):
     memory_mb: MemoryMib = limits.MEMORY_MIB_DEFAULT
     metadata: Metadata = Field(default_factory=dict)
     env: Env = Field(default_factory=dict, repr=False)
+    require_isolation: RequireIsolation = None
     snapshot_on_terminate: Flag = False
     snapshot_name: str | None = Field(None, max_length=200)
     auto_suspend: Flag = False

@@ -163,16 +163,25 @@ async def test_ends_are_told(node):
     assert (ended[0].vm_id, ended[0].reason) == ("vm-a", "crashed")
 
 
-async def test_a_node_that_goes_leaves_nobody_waiting():
-    lost = []
+async def test_a_node_that_goes_leaves_nobody_waiting(node):
+    lost, served = [], anyio.CancelScope()
     ours, theirs = socket.socketpair()
-    async with connected(ours, lambda: lost.append(True)) as remote:
-        asyncio.get_running_loop().call_later(0.01, theirs.close)
-        with anyio.fail_after(10):
-            for _ in range(2):
-                with pytest.raises(OutcomeUnknown):
-                    await remote.start(SPEC)
-    assert lost
+
+    async def until_it_goes():
+        with served:
+            await serve(node, theirs)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(until_it_goes)
+        async with connected(ours, lambda: lost.append(True)) as remote:
+            asyncio.get_running_loop().call_later(0.05, served.cancel)
+            with anyio.fail_after(10):
+                for _ in range(2):
+                    with pytest.raises(OutcomeUnknown):
+                        await remote.start(SandboxSpec("vm-hangs", 2, BOOT_HANGS_MIB))
+            while not lost:
+                await anyio.sleep(0.001)
+    assert remote.tier == node.tier
 
 
 def test_a_field_of_another_type_is_refused():

@@ -5,12 +5,14 @@ import subprocess
 
 import pytest
 
+from instavm.errors import CorruptSnapshot
 from instavm.node.layers import Layers, held, overlay
+from instavm.settings import Settings
 
 
 @pytest.fixture
 def layers(tmp_path):
-    return Layers(tmp_path / "state")
+    return Layers(Settings(state_dir=tmp_path / "state", cache_dir=tmp_path / "cache"))
 
 
 def qcow2(path, *how):
@@ -55,3 +57,44 @@ def test_a_layer_stays_for_as_long_as_somebody_stands_on_it(tmp_path, layers):
 
 def test_nothing_is_held_where_nothing_is(tmp_path, layers):
     assert held(tmp_path / "none") == frozenset() and layers.sweep() == layers.unheld() == []
+
+
+def chain(tmp_path, layers, home):
+    """A disk in `home` on a layer of its own, on a template's disk, on an image; as files, nearest first."""
+    image = tmp_path / "cache" / "images" / "one" / "rootfs"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(bytes(1 << 20))
+    template = qcow2(tmp_path / "cache" / "templates" / "key" / "disk.qcow2", "-b", image, "-F", "raw")
+    home.mkdir()
+    below = qcow2(home / "old.qcow2", "-b", template, "-F", "qcow2")
+    layers.folder.mkdir(parents=True, exist_ok=True)
+    layers.link(below, "layer.qcow2", home)
+    qcow2(home / "disk.qcow2", "-b", layers.path("layer.qcow2"), "-F", "qcow2")
+    return layers.path("layer.qcow2"), template, image
+
+
+def test_what_a_disk_stands_on_is_read_from_headers(tmp_path, layers):
+    home = tmp_path / "home"
+    assert chain(tmp_path, layers, home) == layers.under(home / "disk.qcow2", home)
+
+
+@pytest.mark.parametrize("lie", ["/etc/shadow", "layers/foreign.qcow2", "cache/images/../../secret"])
+def test_a_header_that_names_what_is_not_its_own_is_refused(tmp_path, layers, lie):
+    """A VMM writes its disk's header; the server, which may read everything, must not open what it says."""
+    home = tmp_path / "home"
+    chain(tmp_path, layers, home)
+    qcow2(tmp_path / "secret")
+    qcow2(layers.path("foreign.qcow2"))
+    where = layers.path("foreign.qcow2") if "foreign" in lie else f"{tmp_path}/{lie}" if lie[0] != "/" else lie
+    qcow2(tmp_path / "made" / "disk.qcow2", "-u", "-b", where, "-F", "raw")
+    shutil.copyfile(tmp_path / "made" / "disk.qcow2", home / "disk.qcow2")
+    with pytest.raises(CorruptSnapshot, match="may not stand on"):
+        layers.under(home / "disk.qcow2", home)
+
+
+def test_layers_that_stand_on_each_other_end(tmp_path, layers):
+    home = tmp_path / "home"
+    chain(tmp_path, layers, home)
+    shutil.copyfile(home / "disk.qcow2", layers.path("layer.qcow2"))
+    with pytest.raises(CorruptSnapshot):
+        layers.under(home / "disk.qcow2", home)

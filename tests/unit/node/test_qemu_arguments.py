@@ -9,6 +9,7 @@ from instavm.errors import HostNotReady
 from instavm.node.vmm import qemu, tsc
 from instavm.node.vmm.base import MachineSpec
 
+LAYERS = (Path("/template/disk.qcow2"), Path("/image/rootfs"))
 SPEC = MachineSpec(Path("/k"), Path("/i"), Path("/s"), vcpus=3, memory_mib=300)
 
 
@@ -22,14 +23,29 @@ def test_the_machine_has_the_size_that_was_asked_for(acceleration, cpu):
 
 def test_only_a_template_being_made_writes_to_the_memory_file():
     """A restored machine maps it copy-on-write: its pages are shared until it writes them, and then they are its own."""
-    assert "share=on" in qemu.memory(SPEC, Path("/m"), share=True)[1]
-    assert "share=off" in qemu.memory(SPEC, Path("/m"), share=False)[1]
+    assert "share=on" in qemu.memory(SPEC, "/m", share=True)[1]
+    assert "share=off" in qemu.memory(SPEC, "/m", share=False)[1]
 
 
 def test_the_system_disk_is_read_only_and_the_users_disk_is_an_overlay():
-    system, root = (qemu.disks(SPEC, Path("/home/disk.qcow2"))[n] for n in (1, 5))
-    assert "file=/s" in system and "readonly=on" in system
-    assert "file=/home/disk.qcow2" in root and "format=qcow2" in root
+    given = qemu.Descriptors(qmp=10, agent=11, system=12, layers=(13, 14))
+    arguments = qemu.disks(Path("/home/disk.qcow2"), LAYERS, given)
+    added = [arguments[at + 1] for at, flag in enumerate(arguments) if flag == "-add-fd"]
+    assert added == ["fd=12,set=1", "fd=13,set=2", "fd=14,set=3"]
+    system, root = (arguments[at + 1] for at, flag in enumerate(arguments) if flag == "-drive")
+    assert "file=/dev/fdset/1" in system and "readonly=on" in system
+    assert "file.filename=/home/disk.qcow2" in root and "driver=qcow2" in root
+
+
+def test_the_layers_of_a_disk_are_named_by_us_and_not_by_the_disk():
+    """A disk says which file it is an overlay of; a hostile one may say anything, and nobody asks it."""
+    given = qemu.Descriptors(qmp=10, agent=11, system=12, layers=(13, 14))
+    root = next(one for one in qemu.disks(Path("/disk"), LAYERS, given) if "id=root" in one)
+    assert ",backing.driver=qcow2,backing.node-name=layer-" in root
+    assert ",backing.file.driver=file,backing.file.filename=/dev/fdset/2," in root
+    assert ",backing.backing.driver=raw,backing.backing.node-name=layer-" in root
+    assert "backing.backing.file.filename=/dev/fdset/3" in root
+    assert given.all() == (10, 11, 12, 13, 14), "and all that it is given is known"
 
 
 def test_no_device_is_there_that_nobody_asked_for():

@@ -30,6 +30,7 @@ def wanted(
     memory_mb: int | None,
     env: Mapping[str, Any] | None,
     metadata: Mapping[str, Any] | None,
+    require_isolation: str | None = None,
 ) -> wire.CreateSession:
     """Raises: InvalidInput, for a size, a lifetime, an environment or metadata that no server would take."""
     try:
@@ -40,6 +41,7 @@ def wanted(
             memory_mb=memory_mb,
             env=env,
             metadata=metadata,
+            require_isolation=require_isolation,
         )
     except InvalidInput as exc:
         raise InvalidInput(ARGUMENTS.get(exc.field, exc.field), exc.value, exc.allowed) from None
@@ -50,7 +52,7 @@ def create(api_key: str, given: wire.CreateSession) -> Call[str]:
 
     Repeatable: a session whose id got lost ends with its lifetime.
     """
-    body = given.model_dump(exclude_unset=True) | {"api_key": api_key}
+    body = given.model_dump(mode="json", exclude_unset=True, exclude={"api_key"}) | {"api_key": api_key}
     read = reading(wire.Session)
     return Call("POST", "/v1/sessions/session", lambda raw: str(read(raw).session_id), _json(body))
 

@@ -17,6 +17,7 @@ from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InvalidInput, NotFound
 from instavm.wire import vms as wire
 from instavm.wire.env import coerce
+from instavm.wire.isolation import Isolation
 from instavm.wire.snapshots import Snapshot
 
 router = APIRouter()
@@ -182,6 +183,14 @@ async def clone(
         )
 
     return await once.run(make)
+
+
+@router.get("/v1/vms/{vm_id}/isolation")
+async def isolation(vm_id: str, caller: Caller, here: Here) -> Isolation:
+    """What confines it at this moment, signed with its host's key."""
+    session, _ = await _up(here, caller, vm_id)
+    told = await here.vms.isolation(await here.sessions.ready(session))
+    return Isolation(report=dict(told.report), signature=told.signature, public_key=told.public_key)
 
 
 async def _up(here: Here, caller: Caller, vm_id: str) -> tuple[Session, VmRow]:

@@ -34,6 +34,8 @@ class Saved:
     """Guest memory; sparse. Mapped copy-on-write, so that all who restore it share its pages."""
     state: Path
     """Devices and vCPUs, in the VMM's own format."""
+    layers: tuple[Path, ...]
+    """What its disks are overlays of, nearest first. A VMM reads these and no other files, whatever its disk says."""
     changes: Path | None = None
     """Pages that differ from `memory`, as `Machine.save_changes` wrote them; None = none do."""
 
@@ -65,6 +67,10 @@ class Machine(Protocol):
     async def save(self, state: Path) -> None:
         """Write devices and vCPUs. Only while paused, only on a machine that was booted, not restored."""
         ...
+
+    @property
+    def over_memory(self) -> bool:
+        """Whether the host ended it for using more memory than it may; known after `aclose`."""
 
     async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
         """Write devices and vCPUs, and the pages that are not those of `memory`, the file that it was restored from.
@@ -109,14 +115,19 @@ class Driver(Protocol):
         """Raises HostNotReady when the VMM is missing or too old."""
         ...
 
+    def close(self) -> None:
+        """Give back what it holds for all machines. Those that run go on."""
+        ...
+
     def fingerprint(self) -> str:
         """Everything about this driver that a saved state depends on."""
         ...
 
-    async def boot(self, spec: MachineSpec, disk: Path, memory: Path, home: Path, *, tap: int | None = None) -> Machine:
-        """Power on. `disk` is the root disk (qcow2), `memory` the file that backs guest memory. Raises BootFailed.
+    async def boot(self, saved: Saved, disk: Path, home: Path, *, tap: int | None = None) -> Machine:
+        """Power on what is to be saved as `saved`, whose memory file is made here, in `home` as `disk` (qcow2) is.
 
         tap: a descriptor that the VMM inherits: the other end of the network device, for a spec that has one.
+        Raises BootFailed.
         """
         ...
 

@@ -11,24 +11,24 @@ from pathlib import Path
 import anyio
 
 from instavm.node.images.store import GuestBase, ImageStore
+from instavm.node.jail.jail import KVM_DEVICE, Jails
 from instavm.node.vmm import qemu
 from instavm.node.vmm.base import Driver
 from instavm.settings import Settings
 
-KVM_DEVICE = Path("/dev/kvm")
 PROBE_DEADLINE_S = 8.0
 """Hardware virtualisation needs well under a second; what takes longer is not what a sandbox should run on."""
 
 
-async def choose(settings: Settings) -> tuple[Driver, str]:
+async def choose(settings: Settings, jails: Jails) -> tuple[Driver, str]:
     """The driver, and in words how it was chosen. Raises HostNotReady."""
     if settings.acceleration != "auto":
-        return qemu.QemuDriver(settings.acceleration), f"acceleration={settings.acceleration} was set"
+        return qemu.QemuDriver(settings.acceleration, jails), f"acceleration={settings.acceleration} was set"
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         why = "can't be opened by this user" if KVM_DEVICE.exists() else "is not there"
-        return qemu.QemuDriver("tcg"), f"{KVM_DEVICE} {why}"
+        return qemu.QemuDriver("tcg", jails), f"{KVM_DEVICE} {why}"
     works, words = await _remembered(settings)
-    return qemu.QemuDriver("kvm" if works else "tcg"), words
+    return qemu.QemuDriver("kvm" if works else "tcg", jails), words
 
 
 async def _remembered(settings: Settings) -> tuple[bool, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from instavm.errors import BootFailed, CorruptSnapshot
+from instavm.node.vmm.memory import NAME
 
 PAGE: Final = 4096
 MAGIC: Final = b"IVMPAGE1"
@@ -124,12 +125,11 @@ def _put(target: int, areas: list[Area], offset: int, data: bytes, size: int) ->
 
 
 def _areas(pid: int, memory: Path) -> list[Area]:
-    """Known by the file that they map, whatever it is called now. Raises BootFailed: there is no such mapping."""
-    inode = str(memory.stat().st_ino)
+    """Known by the copy of `memory` that they map. Raises BootFailed: there is no such mapping."""
     found = []
     for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
-        places, mode, offset, _, mapped, *_ = line.split(maxsplit=5)
-        if mapped == inode and mode[0] == "r" and mode[3] == "p":
+        places, mode, offset, _, _, *name = line.split(maxsplit=5)
+        if name and name[0].startswith(f"/memfd:{NAME}") and mode[0] == "r" and mode[3] == "p":
             begin, end = (int(part, 16) for part in places.split("-"))
             found.append(Area(begin, end - begin, int(offset, 16)))
     if not found or sum(area.size for area in found) != memory.stat().st_size:

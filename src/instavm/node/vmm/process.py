@@ -1,10 +1,11 @@
-"""A VMM process that we own: started without a thread or a signal handler, waited for through a pidfd.
+"""A VMM process that we own: started in its jail without a thread or a signal handler, waited for through a pidfd.
 
 One that an earlier server started is adopted by its number; whoever passes that number has made sure what runs under it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,88 +15,138 @@ from typing import Self
 
 import anyio
 
+from instavm.errors import HostNotReady
+from instavm.node.jail.jail import Cage, Jails, Needs
+
 UNKNOWN_STATUS = -255
 """The exit status of an adopted process: only its parent could have learnt it."""
+WORDS_BYTES = 1 << 16
+
+
+class Words:
+    """What a VMM writes on stdout and stderr: a FIFO, from which nothing ever gets to a disk.
+
+    It holds 64 KiB that nobody has read; what comes on top is lost, and its writer neither waits nor is ended for it.
+    It is opened for reading and writing by both sides, so that it lives as long as one of them, and a next server can go on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o600)
+        self.fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._heard = b""
+
+    def last(self, limit: int = 2000) -> str:
+        if self.fd >= 0:
+            with contextlib.suppress(BlockingIOError):
+                # at most what the FIFO held: one who goes on writing is not listened to for ever
+                self._heard = (self._heard + os.read(self.fd, WORDS_BYTES))[-WORDS_BYTES:]
+        return self._heard.decode(errors="replace")[-limit:].strip()
+
+    def close(self) -> None:
+        """Twice is fine."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class VMMProcess:
     """Started in a session of its own, so that a Ctrl-C at the server's terminal does not reach it."""
 
-    def __init__(self, pid: int, log: Path, popen: subprocess.Popen[bytes] | None = None) -> None:
-        """Raises ProcessLookupError when it is gone already."""
+    def __init__(self, pid: int, cage: Cage, words: Words, parent: subprocess.Popen[bytes] | None = None) -> None:
+        """parent: the process that we started, which ends with this one or is the same. Raises ProcessLookupError."""
         self.pid = pid
-        self._popen = popen
+        self.cage = cage
         self._pidfd = os.pidfd_open(pid)
-        self._log = log
+        self._parent = parent
+        self._words = words
         self._gone = False
+        self._background: bool | None = None
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], *, log: Path, pass_fds: Sequence[int]) -> Self:
-        """Raises OSError when the program can't be started."""
-        with log.open("wb") as output:
-            popen = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=pass_fds,
-                start_new_session=True,
-                cwd="/",
-                env={"LANG": "C.UTF-8", "PATH": os.defpath},
-            )
-        return cls(popen.pid, log, popen)
+    async def spawn(cls, argv: Sequence[str], jails: Jails, needs: Needs, *, log: Path) -> Self:
+        """Raises HostNotReady, when it can't be jailed or started; OSError."""
+        words = Words(log)
+        try:
+            jailed = await jails.start(argv, needs, words.fd)
+            return cls(jailed.pid, jailed.cage, words, jailed.parent)
+        except BaseException as exc:
+            said = words.last()
+            words.close()
+            if isinstance(exc, HostNotReady):
+                raise HostNotReady(f"{exc} {said}".strip()) from exc
+            raise
+
+    @classmethod
+    def adopt(cls, pid: int, jails: Jails, home: Path, *, log: Path) -> Self:
+        """Raises ProcessLookupError, FileNotFoundError: it is gone already."""
+        return cls(pid, jails.adopt(pid, home), Words(log))
 
     def in_background(self, background: bool) -> None:
         """Whether it runs only when nothing else wants the CPU (SCHED_IDLE), or like everybody."""
+        if background == self._background:
+            return
+        self._background = background
+        self.cage.idle(background)
         policy = os.SCHED_IDLE if background else os.SCHED_OTHER
-        for thread in Path(f"/proc/{self.pid}/task").iterdir():
-            try:
-                os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
-            except ProcessLookupError:
-                continue  # a thread that ended meanwhile
+        with contextlib.suppress(FileNotFoundError):  # it is gone: whoever talks to it next learns that
+            for thread in Path(f"/proc/{self.pid}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setscheduler(int(thread.name), policy, os.sched_param(0))
 
     @property
     def alive(self) -> bool:
-        if self._popen is not None:
-            return self._popen.poll() is None
         if not self._gone:
             try:
                 signal.pidfd_send_signal(self._pidfd, 0)
             except ProcessLookupError:
                 self._gone = True
-        return not self._gone
+        return not self._gone and (self._parent is None or self._parent.poll() is None)
 
     async def wait(self) -> int:
         """Exit status, negative for a signal. Any number of waiters."""
-        while self.alive:
+        while not self._gone:
             pidfd = os.dup(self._pidfd)
             try:
                 await anyio.wait_readable(pidfd)
             finally:
                 os.close(pidfd)
-            if self._popen is None:
-                self._gone = True
-        return UNKNOWN_STATUS if self._popen is None else self._popen.returncode
+            self._gone = True
+        if self._parent is None:
+            return UNKNOWN_STATUS
+        status = await self._reaped(self._parent)
+        return status if self._parent.pid == self.pid or status <= 128 else 128 - status
+
+    async def _reaped(self, parent: subprocess.Popen[bytes]) -> int:
+        while (status := parent.poll()) is None:
+            pidfd = os.pidfd_open(parent.pid)
+            try:
+                await anyio.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        return status
 
     async def kill(self) -> None:
-        """SIGKILL and reap; a VMM has nothing to say good-bye for. Twice is fine."""
+        """SIGKILL and reap, and remove its cage; a VMM has nothing to say good-bye for. Twice is fine."""
         with anyio.CancelScope(shield=True):
-            if self.alive:
+            if self._pidfd < 0:
+                return
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             await self.wait()
+            await anyio.to_thread.run_sync(self.cage.remove)
+            self._words.last()
             self.let_go()
 
     def let_go(self) -> None:
         """Forget the process without ending it. Twice is fine."""
+        self._gone = True
+        self._words.close()
         if self._pidfd >= 0:
-            self._gone = True
             os.close(self._pidfd)
             self._pidfd = -1
-        if self._popen is not None and self._popen.returncode is None:
-            self._popen.returncode = UNKNOWN_STATUS  # it is somebody else's to reap from here on
+        if self._parent is not None and self._parent.returncode is None:
+            self._parent.returncode = UNKNOWN_STATUS  # it is somebody else's to reap from here on
 
     def last_words(self, limit: int = 2000) -> str:
-        try:
-            return self._log.read_text(errors="replace")[-limit:].strip()
-        except OSError:
-            return ""
+        return self._words.last(limit)

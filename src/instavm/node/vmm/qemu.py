@@ -5,11 +5,13 @@ How saving and restoring works, and what was measured of it: docs/decisions/0001
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +22,11 @@ from qemu.qmp import QMPClient
 from qemu.qmp.error import QMPError
 
 from instavm.errors import BootFailed, HostNotReady
+from instavm.node.jail.jail import Jails, Needs
 from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.vmm import pages, tsc
 from instavm.node.vmm.base import MachineSpec, Saved
+from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.process import VMMProcess
 from instavm.sandbox import Tier
 
@@ -46,11 +50,26 @@ TIER_ARGUMENTS = {"kvm": "", "tcg": " norandmaps tsc=reliable clocksource=tsc ts
 
 
 @dataclass(frozen=True, slots=True)
-class Sockets:
-    """Descriptors of listening sockets that the VMM inherits: we can dial before it has even started."""
+class Descriptors:
+    """All that the VMM inherits. It opens no file by name but those of its own folder: what it may read is given to it.
+
+    qmp, agent: listening sockets, so that we can dial before it has even started.
+    """
 
     qmp: int
     agent: int
+    system: int
+    layers: tuple[int, ...]
+    memory: int | None = None
+    state: int | None = None
+    kernel: int | None = None
+    initrd: int | None = None
+    tap: int | None = None
+
+    def all(self) -> tuple[int, ...]:
+        some = (self.memory, self.state, self.kernel, self.initrd, self.tap)
+        given = (self.qmp, self.agent, self.system, *self.layers, *some)
+        return tuple(fd for fd in given if fd is not None)
 
 
 def machine(spec: MachineSpec, acceleration: str) -> list[str]:
@@ -66,22 +85,43 @@ def machine(spec: MachineSpec, acceleration: str) -> list[str]:
     ]
 
 
-def memory(spec: MachineSpec, file: Path, *, share: bool) -> list[str]:
+def memory(spec: MachineSpec, file: str, *, share: bool) -> list[str]:
     flag = "on" if share else "off"
     size = f"{spec.memory_mib}M"
     return ["-object", f"memory-backend-file,id=ram,size={size},mem-path={file},share={flag}"]
 
 
-def disks(spec: MachineSpec, root: Path) -> list[str]:
+def disks(root: Path, layers: Sequence[Path], given: Descriptors) -> list[str]:
+    """The system image, and the root disk: an overlay in the machine's folder on `layers`, which are only read."""
+    files = [*((fd, f"/dev/fdset/{number}") for number, fd in enumerate((given.system, *given.layers), 1))]
+    backing = "".join(
+        _layer(depth, layer, file, len(layers))
+        for depth, (layer, (_, file)) in enumerate(zip(layers, files[1:], strict=True), 1)
+    )
     return [
-        *("-drive", f"if=none,id=system,file={spec.system},format=raw,readonly=on,file.locking=off"),
+        *(argument for number, (fd, _) in enumerate(files, 1) for argument in ("-add-fd", f"fd={fd},set={number}")),
+        *("-drive", f"if=none,id=system,file={files[0][1]},format=raw,readonly=on,file.locking=off"),
         *("-device", "virtio-blk-device,drive=system"),
         *(
             "-drive",
-            f"if=none,id=root,file={root},format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=unmap,werror=report",
+            f"if=none,id=root,driver=qcow2,file.driver=file,file.filename={root},cache=unsafe,discard=unmap,"
+            f"detect-zeroes=unmap,werror=report{backing}",
         ),
         *("-device", "virtio-blk-device,drive=root"),
     ]
+
+
+def _layer(depth: int, layer: Path, file: str, depths: int) -> str:
+    """Options of one layer under the root disk; the deepest is a plain image, the others are overlays themselves."""
+    at = ".".join(["backing"] * depth)
+    kind = "raw" if depth == depths else "qcow2"
+    name = f"{at}.node-name={_node(layer)}"
+    return f",{at}.driver={kind},{name},{at}.file.driver=file,{at}.file.filename={file},{at}.file.locking=off"
+
+
+def _node(layer: Path) -> str:
+    """What a layer is called in QEMU, which knows it by a descriptor and not by its path."""
+    return "layer-" + hashlib.sha256(os.fsencode(layer)).hexdigest()[:24]
 
 
 def network(spec: MachineSpec, tap: int | None) -> list[str]:
@@ -95,14 +135,14 @@ def network(spec: MachineSpec, tap: int | None) -> list[str]:
     ]
 
 
-def ports(sockets: Sockets) -> list[str]:
+def ports(given: Descriptors) -> list[str]:
     return [
-        *("-chardev", f"socket,id=qmp,fd={sockets.qmp},server=on,wait=off"),
+        *("-chardev", f"socket,id=qmp,fd={given.qmp},server=on,wait=off"),
         *("-mon", "chardev=qmp,mode=control"),
         *("-chardev", f"ringbuf,id=console,size={CONSOLE_BYTES}"),
         *("-serial", "chardev:console"),
         *("-device", "virtio-serial-device,max_ports=2"),
-        *("-chardev", f"socket,id=agent,fd={sockets.agent},server=on,wait=off"),
+        *("-chardev", f"socket,id=agent,fd={given.agent},server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=instavm.agent,nr=1"),
     ]
 
@@ -111,9 +151,9 @@ def kernel_arguments(acceleration: str) -> str:
     return KERNEL_ARGUMENTS + TIER_ARGUMENTS[acceleration].format(khz=tsc.khz())
 
 
-def boot_arguments(spec: MachineSpec, acceleration: str) -> list[str]:
+def boot_arguments(given: Descriptors, acceleration: str) -> list[str]:
     append = kernel_arguments(acceleration)
-    return ["-kernel", str(spec.kernel), "-initrd", str(spec.initrd), "-append", append]
+    return ["-kernel", f"/proc/self/fd/{given.kernel}", "-initrd", f"/proc/self/fd/{given.initrd}", "-append", append]
 
 
 class QemuMachine:
@@ -179,18 +219,30 @@ class QemuMachine:
             await anyio.to_thread.run_sync(pages.save, self.pid, memory, into)
 
     async def new_layer(self, layer: Path) -> None:
+        if (uid := self._process.cage.uid) is not None:
+            os.chown(layer, uid, uid)
         how: dict[str, object] = {"device": "root", "snapshot-file": str(layer), "format": "qcow2", "mode": "existing"}
         await self._execute("blockdev-snapshot-sync", how)
 
     async def merge_layers(self, base: Path) -> None:
+        how: dict[str, object] = {
+            "job-id": "merge",
+            "device": "root",
+            "base-node": _node(base),
+            "backing-file": str(base),
+        }
         with self._qmp.listener(("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")) as events:
-            await self._execute("block-stream", {"job-id": "merge", "device": "root", "base": str(base)})
+            await self._execute("block-stream", how)
             async for event in events:
                 told = cast(dict[str, Any], event["data"])
                 if told["device"] == "merge":
                     if event["event"] == "BLOCK_JOB_CANCELLED" or "error" in told:
                         raise BootFailed(f"layers could not be merged: {told.get('error', 'cancelled')}")
                     return
+
+    @property
+    def over_memory(self) -> bool:
+        return self._process.cage.over_memory
 
     async def wait(self) -> int:
         return await self._process.wait()
@@ -248,8 +300,10 @@ class QemuMachine:
 class QemuDriver:
     name = "qemu"
 
-    def __init__(self, acceleration: str) -> None:
+    def __init__(self, acceleration: str, jails: Jails) -> None:
         self._acceleration = acceleration
+        self._jails = jails
+        self._memories = Memories()
         self.tier = Tier.KVM if acceleration == "kvm" else Tier.EMULATED
         self._version: str | None = None
 
@@ -263,43 +317,41 @@ class QemuDriver:
         kernel = KERNEL_ARGUMENTS + TIER_ARGUMENTS[kind]
         return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {kernel} {STATE_FORMAT}"
 
-    async def boot(
-        self, spec: MachineSpec, disk: Path, memory_file: Path, home: Path, *, tap: int | None = None
-    ) -> QemuMachine:
-        return await self._spawn(
-            home,
-            lambda sockets: [
-                *machine(spec, self._acceleration),
-                *memory(spec, memory_file, share=True),
-                *disks(spec, disk),
-                *ports(sockets),
-                *network(spec, tap),
-                *boot_arguments(spec, self._acceleration),
-            ],
-            tap=tap,
-        )
+    def close(self) -> None:
+        self._memories.close()
+
+    async def boot(self, saved: Saved, disk: Path, home: Path, *, tap: int | None = None) -> QemuMachine:
+        with saved.memory.open("xb") as file:
+            os.ftruncate(file.fileno(), saved.spec.memory_mib << 20)
+        with ExitStack() as opened:
+            kernel, initrd = (_held(sealed(file), opened) for file in (saved.spec.kernel, saved.spec.initrd))
+            given = self._give(saved, home, opened, kernel=kernel, initrd=initrd, tap=tap)
+            arguments = [
+                *machine(saved.spec, self._acceleration),
+                *memory(saved.spec, str(saved.memory), share=True),
+                *disks(disk, saved.layers, given),
+                *ports(given),
+                *network(saved.spec, tap),
+                *boot_arguments(given, self._acceleration),
+            ]
+            return await self._spawn(arguments, saved, given, opened, home, (disk, saved.memory))
 
     async def prepare(
         self, saved: Saved, disk: Path, home: Path, *, background: bool, tap: int | None = None
     ) -> QemuMachine:
-        state = os.open(saved.state, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            made = await self._spawn(
-                home,
-                lambda sockets: [
-                    *machine(saved.spec, self._acceleration),
-                    *memory(saved.spec, saved.memory, share=False),
-                    *disks(saved.spec, disk),
-                    *ports(sockets),
-                    *network(saved.spec, tap),
-                    *("-incoming", "defer"),
-                ],
-                state,
-                tap=tap,
-                background=background,
-            )
-        finally:
-            os.close(state)
+        with ExitStack() as opened:
+            held = _held(await anyio.to_thread.run_sync(self._memories.get, saved.memory), opened)
+            state = _reading(saved.state, opened)
+            given = self._give(saved, home, opened, memory=held, state=state, tap=tap)
+            arguments = [
+                *machine(saved.spec, self._acceleration),
+                *memory(saved.spec, f"/proc/self/fd/{held}", share=False),
+                *disks(disk, saved.layers, given),
+                *ports(given),
+                *network(saved.spec, tap),
+                *("-incoming", "defer"),
+            ]
+            made = await self._spawn(arguments, saved, given, opened, home, (disk,), background=background)
         try:
             await made._skip_shared_memory()
             if saved.changes is not None:
@@ -309,25 +361,36 @@ class QemuDriver:
             raise
         return made
 
+    def _give(self, saved: Saved, home: Path, opened: ExitStack, **more: int | None) -> Descriptors:
+        return Descriptors(
+            qmp=opened.enter_context(_listening(home / "qmp.sock")).fileno(),
+            agent=opened.enter_context(_listening(home / "agent.sock")).fileno(),
+            system=_reading(saved.spec.system, opened),
+            layers=tuple(_reading(layer, opened) for layer in saved.layers),
+            **more,
+        )
+
     async def _spawn(
         self,
+        arguments: Sequence[str],
+        saved: Saved,
+        given: Descriptors,
+        opened: ExitStack,
         home: Path,
-        arguments: Callable[[Sockets], list[str]],
-        state_fd: int | None = None,
+        writable: tuple[Path, ...],
         *,
-        tap: int | None = None,
         background: bool = False,
     ) -> QemuMachine:
-        with _listening(home / "qmp.sock") as qmp_socket, _listening(home / "agent.sock") as agent_socket:
-            sockets = Sockets(qmp_socket.fileno(), agent_socket.fileno())
-            fds = [sockets.qmp, sockets.agent, *(fd for fd in (state_fd, tap) if fd is not None)]
-            try:
-                process = VMMProcess.spawn([BINARY, *arguments(sockets)], log=home / "vmm.log", pass_fds=fds)
-            except OSError as exc:
-                raise HostNotReady(f"{BINARY} can't be started: {exc}. {_HOW_TO_GET}") from exc
-        process.in_background(background)
-        made = QemuMachine(process, QMPClient(), home / "agent.sock", state_fd)
+        spec, kvm = saved.spec, self._acceleration == "kvm"
+        needs = Needs(home, spec.vcpus, spec.memory_mib, writable, given.all(), kvm)
         try:
+            process = await VMMProcess.spawn([_binary(), *arguments], self._jails, needs, log=home / "vmm.log")
+        except OSError as exc:
+            raise HostNotReady(f"{BINARY} can't be started: {exc}. {_HOW_TO_GET}") from exc
+        opened.close()  # from here on only the VMM holds its sockets: when it is gone, nobody waits for an answer
+        made = QemuMachine(process, QMPClient(), home / "agent.sock", given.state)
+        try:
+            process.in_background(background)
             await made.connect(home / "qmp.sock")
         except BaseException:
             await made.aclose()
@@ -336,8 +399,8 @@ class QemuDriver:
 
     async def adopt(self, pid: int, home: Path) -> QemuMachine:
         try:
-            process = VMMProcess(pid, home / "vmm.log")
-        except ProcessLookupError as exc:
+            process = VMMProcess.adopt(pid, self._jails, home, log=home / "vmm.log")
+        except (ProcessLookupError, FileNotFoundError) as exc:
             raise BootFailed(f"process {pid} of {home.name} is gone") from exc
         made = QemuMachine(process, QMPClient(), home / "agent.sock", None)
         try:
@@ -349,6 +412,14 @@ class QemuDriver:
 
 
 _HOW_TO_GET = "Install it with: apt-get install qemu-system-x86"
+
+
+def _binary() -> str:
+    """Where QEMU is, past all links. Raises HostNotReady."""
+    found = shutil.which(BINARY)
+    if found is None:
+        raise HostNotReady(f"{BINARY} is not on this host. {_HOW_TO_GET}")
+    return str(Path(found).resolve())
 
 
 def installed_version() -> str:
@@ -367,6 +438,24 @@ def installed_version() -> str:
     return version
 
 
+def _reading(path: Path, opened: ExitStack) -> int:
+    return _held(os.open(path, os.O_RDONLY | os.O_CLOEXEC), opened)
+
+
+def _held(fd: int, opened: ExitStack) -> int:
+    opened.callback(os.close, fd)
+    return fd
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -377,15 +466,6 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         path.chmod(0o600)
         listener.listen(1)
         yield listener
-
-
-@contextmanager
-def _created(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextmanager

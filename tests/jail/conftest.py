@@ -1,0 +1,68 @@
+"""Jails as a node makes them, with a program of ours in place of QEMU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import anyio
+import pytest
+
+from instavm.node.jail import bubblewrap
+from instavm.node.jail.jail import Jails, Needs
+
+PYTHON = "/usr/bin/python3.11"
+STANDARD_LIBRARY = "/usr/lib/python3.11"
+
+
+@pytest.fixture
+def own(short_folder, settings, request):
+    state = short_folder / request.node.name[5:25]
+    (state / "machines").mkdir(parents=True, mode=0o700)
+    return settings.model_copy(update={"state_dir": state})
+
+
+@pytest.fixture
+def jails(own):
+    with Jails.open(own) as jails:
+        yield jails
+        assert jails.cgroups is None or not jails.cgroups.machines()
+
+
+@pytest.fixture
+def home(own):
+    home = own.state_dir / "machines" / "m1"
+    home.mkdir(mode=0o700)
+    (home / "disk.qcow2").write_bytes(b"a disk")
+    (home / "sandbox.json").write_text("whose it is")
+    (home / "sandbox.json").chmod(0o600)
+    return home
+
+
+@pytest.fixture
+def run_jailed(jails, home, monkeypatch):
+    """Run a Python script in a jail; what it printed, and its exit status. Its interpreter is all that the jail has more."""
+    monkeypatch.setattr(bubblewrap, "PROGRAM_FILES", (*bubblewrap.PROGRAM_FILES, STANDARD_LIBRARY))
+
+    async def run_jailed(script: Path, *arguments: str, descriptors=(), meanwhile=lambda jailed: None):
+        out, into = os.pipe()
+        needs = Needs(home, 1, 256, (home / "disk.qcow2",), tuple(descriptors))
+        command = [PYTHON, "-I", "-S", "-c", script.read_text(), *arguments]
+        try:
+            with anyio.fail_after(60):
+                jailed = await jails.start(command, needs, into)
+                os.close(into)
+                meanwhile(jailed)
+                said = await anyio.to_thread.run_sync(_all_of, out)
+                status = await anyio.to_thread.run_sync(jailed.parent.wait)
+            jailed.cage.remove()
+        finally:
+            os.close(out)
+        return said, status
+
+    return run_jailed
+
+
+def _all_of(fd):
+    with os.fdopen(os.dup(fd), "rb") as file:
+        return file.read().decode()
