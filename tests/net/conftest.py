@@ -23,11 +23,13 @@ def clean(request):
 
 
 @pytest.fixture(scope="session")
-async def node(settings, internet, anyio_backend):
-    mine = settings.model_copy(update={"egress_dns": (internet.a,), "egress_connections": 20})
+async def node(settings, short_folder, internet, anyio_backend):
+    mine = settings.model_copy(
+        update={"state_dir": short_folder / "net", "egress_dns": (internet.a,), "egress_connections": 20}
+    )
     async with Runtime.open(mine) as node:
         yield node
-    assert inventory.take(settings.state_dir) == inventory.Inventory(frozenset(), frozenset())
+    assert inventory.take(mine.state_dir) == inventory.Inventory(frozenset(), frozenset())
     assert len(node._networks) == 0
 
 
