@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from internet import Live, internet
+from internet import Live
 
 from instavm.node import inventory
 from instavm.node.runtime import Runtime
 from instavm.sandbox import Egress, SandboxSpec
-
-__all__ = ["internet"]
 
 NAMES = itertools.count(1)
 
