@@ -10,7 +10,6 @@ from internet import internet
 
 from instavm.settings import Settings
 
-
 __all__ = ["internet"]
 
 
