@@ -6,8 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from internet import internet
 
 from instavm.settings import Settings
+
+__all__ = ["internet"]
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from internet import internet
 
 from instavm.settings import Settings
-
-__all__ = ["internet"]
 
 CLIENT = "instavm==0.26.1"
 WHEEL_SHA256 = "8ac5dc160eba5115babec5f806c70d4fc5af291c77a9c04c5a21e3e87baf5f4c"

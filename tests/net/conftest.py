@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from internet import Live, internet
+from internet import Live
 
 from instavm.node import inventory
 from instavm.node.runtime import Runtime
 from instavm.sandbox import Egress, SandboxSpec
-
-__all__ = ["internet"]
 
 NAMES = itertools.count(1)
 
@@ -23,11 +21,13 @@ def clean(request):
 
 
 @pytest.fixture(scope="session")
-async def node(settings, internet, anyio_backend):
-    mine = settings.model_copy(update={"egress_dns": (internet.a,), "egress_connections": 20})
+async def node(settings, short_folder, internet, anyio_backend):
+    mine = settings.model_copy(
+        update={"state_dir": short_folder / "net", "egress_dns": (internet.a,), "egress_connections": 20}
+    )
     async with Runtime.open(mine) as node:
         yield node
-    assert inventory.take(settings.state_dir) == inventory.Inventory(frozenset(), frozenset())
+    assert inventory.take(mine.state_dir) == inventory.Inventory(frozenset(), frozenset())
     assert len(node._networks) == 0
 
 

@@ -68,6 +68,7 @@ def test_names(egress, name, port, rule):
         (Egress(cidrs=("0.0.0.0/0",)), "10.2.3.4", 5432, "private"),
         (Egress(cidrs=("192.0.2.0/24",)), "192.0.2.9", 22, "host"),
         (Egress(cidrs=("192.0.2.9/32",)), "192.0.2.9", 22, "cidr"),
+        (Egress(cidrs=("192.0.0.1/32",)), "192.0.0.1", 22, "private"),
     ],
 )
 def test_addresses(egress, address, port, rule):

@@ -17,6 +17,8 @@ GATEWAY: Final = "192.0.0.1"
 GUEST: Final = "192.0.0.2"
 PREFIX: Final = 30
 """Of 192.0.0.0/29, which RFC 7335 sets aside for links like this one: it clashes with nobody's network."""
+LINK: Final = IPv4Network("192.0.0.0/29")
+"""All of that range: in a sandbox it means the sandbox itself and its gateway, so no rule leads to anything else by it."""
 GATEWAY_MAC: Final = "02:00:c0:00:00:01"
 GUEST_MAC: Final = "02:00:c0:00:00:02"
 STAND_INS: Final = IPv4Network("198.18.0.0/15")
@@ -83,6 +85,8 @@ def never(address: Address, cidrs: Iterable[Network], host: Host) -> str | None:
     """Why an address is out of reach though a rule covers it ("private", "host"); None when it is not."""
     cidrs = tuple(cidrs)
     address = plain(address)
+    if address in LINK:
+        return "private"
     if host.has(address):
         return None if named(address, ip_network(str(address)), cidrs) else "host"
     for special in SPECIAL:
