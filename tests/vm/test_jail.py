@@ -93,7 +93,7 @@ async def test_it_holds_only_the_descriptors_it_needs(sandbox):
             files.setdefault(Path(target).name, set()).add(flags & os.O_ACCMODE != os.O_RDONLY)
         else:
             others.add(target.split("[")[0].split(":")[0])
-    assert set(files) == {"null", "vmm.log", "disk.qcow2", "system.squashfs", "rootfs.ext4"}
+    assert set(files) == {"null", "vmm.log", "disk.qcow2", "system.squashfs", "rootfs.ext4", "tun"}
     assert files["system.squashfs"] == files["rootfs.ext4"] == {False}
     assert others <= {"socket", "anon_inode", "/memfd"}
     sockets = [entry for entry in (proc(sandbox) / "fd").iterdir() if str(entry.readlink()).startswith("socket")]

@@ -138,7 +138,7 @@ class Runtime:
                     await anyio.to_thread.run_sync(templates.clear)
                     await anyio.to_thread.run_sync(runtime._snapshots.sweep)
                     await runtime._sweep()
-                    tasks.start_soon(disks.watch, machines.folder, runtime._disks, runtime._over_disk)
+                    tasks.start_soon(disks.watch, machines.folder, runtime._homes, runtime._over_disk)
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -449,8 +449,8 @@ class Runtime:
                 reason = EndReason.OVER_LIMIT if sandbox.over_disk else EndReason.CRASHED
                 self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
 
-    def _disks(self) -> dict[str, Path]:
-        return {vm_id: sandbox.prepared.disk for vm_id, sandbox in self._live.items()}
+    def _homes(self) -> dict[str, Path]:
+        return {vm_id: sandbox.prepared.home for vm_id, sandbox in self._live.items()}
 
     def _over_disk(self, vm_id: str, why: str) -> None:
         log.warning("%s is ended: %s", vm_id, why)

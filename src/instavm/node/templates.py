@@ -36,7 +36,7 @@ from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
 from instavm.settings import Settings
 
-VERSION = 8
+VERSION = 10
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -332,6 +332,7 @@ def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) ->
         "sha256": {name: digest(folder / name) for name in names},
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    (folder / DESCRIPTION).chmod(0o400)
 
 
 async def _qemu_img(*arguments: str | Path) -> None:
