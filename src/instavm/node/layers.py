@@ -68,13 +68,15 @@ class Layers:
 
         The names are read from headers, which VMMs have written. Raises CorruptSnapshot: one is none of those.
         """
-        layers = frozenset[str]().union(*(held(owner) for owner in owners))
+        layers = set[str]().union(*(held(owner) for owner in owners))
 
         def allowed(file: Path) -> bool:
             if file.parent == self.folder:
                 return file.name in layers
-            of_template = file.name == "disk.qcow2" and file.parent.parent in self._templates
-            return of_template or file.is_relative_to(self._images)
+            if file.name == "disk.qcow2" and file.parent.parent in self._templates:
+                layers.update(held(file.parent))  # what a template stands on, those stand on who stand on it
+                return True
+            return file.is_relative_to(self._images)
 
         return below(disk, allowed)
 
