@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,8 +136,22 @@ class Cgroups:
                 if not idle:
                     _weigh(tree, group, vcpus)
 
+    def end(self, machine: str) -> None:
+        """End whatever lives in a machine's groups. A number is only signalled while the kernel lists it there."""
+        for tree in self._trees:
+            members = self._group(tree, machine) / "cgroup.procs"
+            with contextlib.suppress(FileNotFoundError):
+                for pid in members.read_text().split():
+                    with contextlib.suppress(ProcessLookupError):
+                        pidfd = os.pidfd_open(int(pid))
+                        try:
+                            if pid in members.read_text().split():
+                                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        finally:
+                            os.close(pidfd)
+
     def remove(self, machine: str) -> None:
-        """Once its processes are gone; what is left of them is ended. Twice is fine."""
+        """Once its processes are gone. Twice is fine."""
         for tree in self._trees:
             group = self._group(tree, machine)
             deadline = time.monotonic() + EMPTY_S

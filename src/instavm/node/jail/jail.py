@@ -146,9 +146,10 @@ class Jails:
         return Cage(home.name, uid if leased else None, self._uids, self.cgroups, 1)
 
     def clear(self, keep: frozenset[str]) -> None:
-        """Remove the groups that a killed server left, except those of the machines in `keep`."""
+        """Remove the groups that a killed server left, with what still runs in them, except those of the machines in `keep`."""
         if self.cgroups is not None:
             for machine in self.cgroups.machines() - keep:
+                self.cgroups.end(machine)
                 self.cgroups.remove(machine)
 
     def _make(self, needs: Needs) -> Cage:
