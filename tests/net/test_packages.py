@@ -25,7 +25,7 @@ async def real(settings, short_folder, anyio_backend):
 
 async def test_small_packages_install(real):
     sandbox = await real(Egress(packages=True))
-    pip = await sandbox.bash("pip install --no-deps six && python3 -c 'import six; print(six.__version__)'", 240)
+    pip = await sandbox.bash("pip install --no-deps iniconfig && python3 -c 'import iniconfig; print(iniconfig.__file__)'", 240)
     assert pip.exit_code == 0, pip.stdout[-2000:] + pip.stderr[-2000:]
     npm = await sandbox.bash(
         "cd /tmp && npm install is-number && node -e \"console.log(require('is-number')(5))\"", 240
@@ -40,7 +40,7 @@ async def test_small_packages_install(real):
 
 async def test_without_the_flag_they_do_not(real):
     sandbox = await real(Egress())
-    done = await sandbox.bash("pip install --no-deps --retries 0 six", 120)
+    done = await sandbox.bash("pip install --no-deps --retries 0 iniconfig", 120)
     assert done.exit_code != 0
     assert [one for one in await sandbox.log() if one.registry and not one.allowed], (
         "and it is told that it is a registry"

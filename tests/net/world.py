@@ -92,7 +92,14 @@ def tls_context():
     return context
 
 
-class Tls(ThreadingHTTPServer):
+class Http(ThreadingHTTPServer):
+    def server_bind(self):
+        """Without asking what the address is called, as its parent does: nobody here could answer."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address
+
+
+class Tls(Http):
     def get_request(self):
         link, sender = super().get_request()
         return tls_context().wrap_socket(link, server_side=True, do_handshake_on_connect=False), sender
@@ -106,7 +113,7 @@ class Server4(socketserver.ThreadingTCPServer):
 def main():
     servers = []
     for address in ADDRESSES:
-        servers += [ThreadingHTTPServer((address, port), Web) for port in (80, 8080)]
+        servers += [Http((address, port), Web) for port in (80, 8080)]
         servers += [Tls((address, 443), Web), Server4((address, 9999), Echo)]
         servers.append(socketserver.ThreadingUDPServer((address, 9999), Datagrams))
     servers.append(socketserver.ThreadingUDPServer((ADDRESSES[0], 53), Names))
