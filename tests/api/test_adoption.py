@@ -78,6 +78,7 @@ async def test_what_should_have_ended_meanwhile_is_ended(tmp_path, values, why):
             session_id = (await control.sessions.create(ME, CreateSession())).id
             await run(control, session_id, "1")
             await control.leave()
+        await store.journal.written()
         await store.sessions._engine.run(lambda connection: connection.execute(update(vms).values(**values)))
         async with served(node, store) as control:
             assert not node.places
@@ -91,6 +92,7 @@ async def test_a_sandbox_that_came_up_while_the_server_died_is_adopted(tmp_path)
             session_id = (await control.sessions.create(ME, CreateSession())).id
             await run(control, session_id, "x = 1")
             await control.leave()
+        await store.journal.written()
         change = update(vms).values(state=State.CREATING, started_at=None, expires_at=None, start=None)
         await store.sessions._engine.run(lambda connection: connection.execute(change))
         async with served(node, store) as control:

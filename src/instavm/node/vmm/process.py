@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -97,10 +98,9 @@ class VMMProcess:
     @property
     def alive(self) -> bool:
         if not self._gone:
-            try:
-                signal.pidfd_send_signal(self._pidfd, 0)
-            except ProcessLookupError:
-                self._gone = True
+            ended = select.poll()  # and not a signal of 0, which a process that nobody has reaped yet still takes
+            ended.register(self._pidfd, select.POLLIN)
+            self._gone = bool(ended.poll(0))
         return not self._gone and (self._parent is None or self._parent.poll() is None)
 
     async def wait(self) -> int:
