@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime, timedelta
 
+import anyio
 import pytest
 from local_node import open_local_node
 from sqlalchemy import update
@@ -83,6 +84,27 @@ async def test_what_should_have_ended_meanwhile_is_ended(tmp_path, values, why):
         async with served(node, store) as control:
             assert not node.places
             assert (await control.sessions.get(ME, session_id)).latest().why is why
+
+
+async def test_a_lifetime_made_shorter_than_it_has_lived_ends_it(tmp_path):
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        async with served(node, store) as control:
+            session_id = (await control.sessions.create(ME, CreateSession())).id
+            await run(control, session_id, "1")
+            await control.leave()
+        await store.journal.written()
+        change = update(vms).values(started_at=datetime.now(UTC) - timedelta(seconds=100))
+        await store.sessions._engine.run(lambda connection: connection.execute(change))
+        async with served(node, store) as control:
+            session = await control.sessions.get(ME, session_id)
+            vm = session.vm
+            await control.sessions.change(ME, session, None, {}, 200)
+            assert 90 < vm.remaining_s() <= 100
+            await control.sessions.change(ME, session, None, {}, 20)
+            with anyio.fail_after(10):
+                await vm.gone.wait()
+            assert vm.lifecycle.why is EndReason.LIFETIME
+        assert not node.places
 
 
 async def test_a_sandbox_that_came_up_while_the_server_died_is_adopted(tmp_path):

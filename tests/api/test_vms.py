@@ -1,6 +1,7 @@
 """VMs by their own id, tasks, keys: what comes back, and that nobody else sees it."""
 
 import uuid
+from datetime import datetime
 
 import anyio
 import httpx
@@ -42,12 +43,25 @@ def test_live_vms_and_all_records_are_two_lists(http):
 
 
 def test_a_change_is_read_back_and_what_cannot_change_stays(http, made):
-    asked = {"metadata": {"c": "d"}, "auto_suspend": True, "memory_mb": 1024, "vm_lifetime_seconds": 60}
+    asked = {"metadata": {"c": "d"}, "auto_suspend": True, "memory_mb": 1024, "vcpu_count": 1}
     answer = http.patch(f"/v1/vms/{made['vm_id']}", json=asked).json()
     assert (answer["metadata"], answer["auto_suspend"]) == ({"c": "d"}, True)
-    assert (answer["memory_mb"], answer["vm_lifetime_seconds"]) == (512, 300)
+    assert (answer["memory_mb"], answer["vcpu_count"], answer["vm_lifetime_seconds"]) == (512, 2, 300)
     assert http.patch(f"/v1/vms/{made['vm_id']}", json={}).json() == answer
     assert http.get(f"/v1/sessions/session/{made['session_id']}").json()["metadata"] == {"c": "d"}
+
+
+def test_a_lifetime_can_be_changed_while_it_runs(http, made):
+    """It counts from when the sandbox was ready."""
+    place = f"/v1/vms/{made['vm_id']}"
+    longer = http.patch(place, json={"vm_lifetime_seconds": 900}).json()
+    lasts = datetime.fromisoformat(longer["expires_at"]) - datetime.fromisoformat(longer["started_at"])
+    assert (longer["vm_lifetime_seconds"], lasts.total_seconds()) == (900, 900)
+    assert http.get(place).json() == longer
+    for wrong in (0, 19, "900", 1.5, True):
+        refused = http.patch(place, json={"vm_lifetime_seconds": wrong})
+        assert refused.status_code == 422 and "vm_lifetime_seconds" in refused.text
+    assert http.get(place).json() == longer
 
 
 def test_staged_variables_are_kept_nowhere(server, http, made):

@@ -77,8 +77,7 @@ class Quotas:
         count: so many alike.
         """
         quota = self.of(tenant)
-        if quota.lifetime_s is not None and lifetime_s > quota.lifetime_s:
-            raise ForbiddenError(f"vm lifetime cannot exceed {quota.lifetime_s}s")
+        self.lifetime(tenant, lifetime_s)
         mine = [vm.spec for vm in self._vms.live() if vm.tenant_id == tenant.id and vm.usable]
         for what, limit, sum_with_it in (
             ("sandboxes", quota.sandboxes, len(mine) + count),
@@ -90,6 +89,12 @@ class Quotas:
                     f"this account may have {limit} {what} at one time, this would make {sum_with_it}"
                 )
         self._host_can_bear(memory_mib, count)
+
+    def lifetime(self, tenant: Tenant, lifetime_s: float) -> None:
+        """Raises: ForbiddenError."""
+        limit = self.of(tenant).lifetime_s
+        if limit is not None and lifetime_s > limit:
+            raise ForbiddenError(f"vm lifetime cannot exceed {limit}s")
 
     def store(self, tenant: Tenant, has_bytes: int) -> None:
         """Whether a tenant that has so much at rest may put more there. Raises: QuotaExceededError."""

@@ -171,13 +171,33 @@ class Sessions:
         """Every sandbox a tenant ever had, newest first."""
         return await self._rows.vms_of(tenant.id, limit)
 
-    async def relabel(self, session: Session, metadata: Mapping[str, Any] | None, options: Mapping[str, Any]) -> None:
-        """Replace the metadata (None = leave it) and set options; recorded when it returns."""
-        kept = session.row.metadata if metadata is None else metadata
-        session.row = replace(session.row, metadata=kept, options={**session.row.options, **options})
+    async def change(
+        self,
+        tenant: Tenant,
+        session: Session,
+        metadata: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+        lifetime_s: int | None = None,
+    ) -> None:
+        """Replace the metadata, the lifetime (None = leave it) and set options; recorded when it returns.
+
+        Raises: ForbiddenError: a lifetime over the quota.
+        """
+        row = session.row
+        if lifetime_s is not None:
+            self._quotas.lifetime(tenant, lifetime_s)
+        session.row = replace(
+            row,
+            metadata=row.metadata if metadata is None else metadata,
+            options={**row.options, **options},
+            lifetime_s=row.lifetime_s if lifetime_s is None else lifetime_s,
+        )
         if session.vm is not None:
             session.vm.auto_suspend = bool(session.row.options.get("auto_suspend"))
-        await self._store.journal.written(self._rows.relabel(session.row))
+            if lifetime_s is not None:
+                session.vm.set_lifetime(lifetime_s)
+        vm = None if session.vm is None else session.vm.row()
+        await self._store.journal.written(self._rows.change(session.row, vm))
 
     async def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
         """A sandbox of an earlier server lives on. Its variables are in there; for another one they are lost.

@@ -69,6 +69,8 @@ class Vm:
     start_told: bool = False
     boot: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    lifetime: anyio.CancelScope | None = None
+    """Ends when its lifetime does; None until it is ready."""
     asked: anyio.Event = field(default_factory=anyio.Event)
     asked_why: EndReason | None = None
     asked_detail: str | None = None
@@ -100,6 +102,12 @@ class Vm:
             self.asked_why, self.asked_detail = why, detail
             self.boot.cancel()
             self.asked.set()
+
+    def set_lifetime(self, lifetime_s: float) -> None:
+        """Counted, like the one before, from when it was ready: one that is over already ends it."""
+        self.lifetime_s = lifetime_s
+        if self.lifetime is not None:
+            self.lifetime.deadline = anyio.current_time() + (self.remaining_s() or 0.0)
 
     def uptime_s(self) -> float:
         """Seconds since it was ready; once it ended, how long it was up."""
@@ -295,6 +303,7 @@ class Vms:
     async def _until_asked(self, vm: Vm) -> None:
         """Until somebody asks for its end or its rest, or its lifetime does. Put to rest it may be when this returns."""
         with anyio.move_on_after(vm.remaining_s()) as lifetime:
+            vm.lifetime = lifetime
             await vm.asked.wait()
         if lifetime.cancelled_caught and vm.auto_suspend and vm.rest is None:
             vm.ask_rest()

@@ -14,9 +14,8 @@ from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
 
-VmLifetimeS = Annotated[
-    int, or_(limits.LIFETIME_S_DEFAULT), Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)
-]
+_Lifetime = Annotated[int, Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)]
+VmLifetimeS = Annotated[_Lifetime, or_(limits.LIFETIME_S_DEFAULT)]
 """The upper end is only what a date can hold: what is really allowed is a quota, refused in words of its own."""
 Flag = Annotated[bool, or_(False)]
 
@@ -64,6 +63,8 @@ class UpdateVm(Wire):
     """`PATCH /v1/vms/{id}`: what is left out stays. What cannot be changed is ignored; the answer tells what holds."""
 
     metadata: Metadata | None = None
+    vm_lifetime_seconds: _Lifetime | None = None
+    """Counted from when the sandbox was ready, as at its creation; it holds for the session's next ones, too."""
     snapshot_on_terminate: bool | None = None
     snapshot_name: str | None = Field(None, max_length=200)
     auto_suspend: bool | None = None

@@ -13,6 +13,8 @@ from starlette.responses import Response
 from instavm import limits
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.long import Long
+from instavm.control.control import Control
+from instavm.control.store.accounts import Tenant
 from instavm.errors import BadRequest
 from instavm.wire.base import Wire
 
@@ -22,13 +24,7 @@ HEADER: Final = "Idempotency-Key"
 class Once:
     """The key of one request, if it came with one."""
 
-    def __init__(
-        self,
-        request: Request,
-        caller: Caller,
-        here: Here,
-        key: Annotated[str | None, Header(alias=HEADER)] = None,
-    ) -> None:
+    def __init__(self, request: Request, caller: Tenant, here: Control, key: str | None) -> None:
         self._request = request
         self._caller = caller
         self._here = here
@@ -68,4 +64,11 @@ def _json(body: bytes) -> Response:
     return Long(body, media_type="application/json")
 
 
-OnlyOnce = Annotated[Once, Depends()]
+async def _once(
+    request: Request, caller: Caller, here: Here, key: Annotated[str | None, Header(alias=HEADER)] = None
+) -> Once:
+    """A coroutine, as FastAPI would call anything else in a thread."""
+    return Once(request, caller, here, key)
+
+
+OnlyOnce = Annotated[Once, Depends(_once)]

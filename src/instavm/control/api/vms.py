@@ -78,8 +78,9 @@ async def get(request: Request, vm_id: str, caller: Caller, here: Here) -> wire.
 @router.patch("/v1/vms/{vm_id}")
 async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
     session, vm = await _up(here, caller, vm_id)
-    await here.sessions.relabel(session, ask.metadata if "metadata" in ask.model_fields_set else None, ask.options())
-    return record(session.row, vm, request)
+    labels = ask.metadata if "metadata" in ask.model_fields_set else None
+    await here.sessions.change(caller, session, labels, ask.options(), ask.vm_lifetime_seconds)
+    return record(session.row, session.latest() or vm, request)
 
 
 @router.delete("/v1/vms/{vm_id}")

@@ -37,8 +37,12 @@ COUNT_VM_SECONDS = (
     update(sessions).where(sessions.c.id == KEY).values(vm_seconds=sessions.c.vm_seconds + bindparam("up"))
 )
 MOVE_VM = update(vms).where(vms.c.id == KEY, vms.c.state == bindparam("was"))
-LOSE_VM = update(vms).where(vms.c.id == KEY)
-RELABEL = update(sessions).where(sessions.c.id == KEY).values(metadata=bindparam("labels"), options=bindparam("chosen"))
+SET_VM = update(vms).where(vms.c.id == KEY)
+CHANGE = (
+    update(sessions)
+    .where(sessions.c.id == KEY)
+    .values(metadata=bindparam("labels"), options=bindparam("chosen"), lifetime_s=bindparam("lifetime"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +116,13 @@ class SessionRows:
             _event(at, session_id, None, "session.closed"),
         )
 
-    def relabel(self, row: SessionRow) -> int:
-        """Record changed metadata and options. Returns: the journal's mark."""
-        return self._journal.append(
-            Write(RELABEL, {"key": row.id, "labels": dict(row.metadata), "chosen": dict(row.options)})
-        )
+    def change(self, row: SessionRow, vm: VmRow | None) -> int:
+        """Record changed metadata, options and lifetime, and when its sandbox ends now. Returns: the journal's mark."""
+        values = {"labels": dict(row.metadata), "chosen": dict(row.options), "lifetime": row.lifetime_s}
+        writes = [Write(CHANGE, {"key": row.id, **values})]
+        if vm is not None:
+            writes.append(Write(SET_VM, {"key": vm.id, "expires_at": vm.expires_at}))
+        return self._journal.append(*writes)
 
     def used(self, session_id: str, *, execution_time_s: float, cpu_time_s: float) -> None:
         """Count one execution."""
@@ -151,7 +157,7 @@ class SessionRows:
         """Record what became of a sandbox that was being put to rest when the server was killed."""
         now = datetime.now(UTC)
         self._journal.append(
-            Write(LOSE_VM, {"key": row.id, "state": State.SUSPENDED, "why": None, "ended_at": None}),
+            Write(SET_VM, {"key": row.id, "state": State.SUSPENDED, "why": None, "ended_at": None}),
             _event(now, row.session_id, row.id, "vm.suspended"),
         )
 
@@ -184,7 +190,7 @@ class SessionRows:
         now = datetime.now(UTC)
         values = {"key": row.id, "state": State.ENDED, "why": row.why or why, "ended_at": now}
         self._journal.append(
-            Write(LOSE_VM, values),
+            Write(SET_VM, values),
             _event(now, row.session_id, row.id, "vm.ended", reason=row.why or why, detail=detail),
         )
 
