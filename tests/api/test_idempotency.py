@@ -49,6 +49,16 @@ def test_code_with_a_key_runs_once(vm, http):
     assert task == again
 
 
+def test_a_stream_with_a_key_is_one_execution_read_twice(vm, http):
+    key = headers()
+    ask = {"command": "n = globals().get('n', 0) + 1; print(n)", "session_id": vm.session_id}
+    first, again = (http.post("/execute/stream", json=ask, headers=key) for _ in range(2))
+    assert first.headers["X-Execution-Id"] == again.headers["X-Execution-Id"]
+    assert first.text == again.text and 'data: {"text":"1\\n"}' in first.text
+    assert http.post("/execute/stream", json={**ask, "command": "0"}, headers=key).status_code == 409
+    assert http.post("/execute/stream", json=ask).text != first.text
+
+
 def test_a_key_is_good_for_one_request_and_one_account(server, vm, http):
     key = headers()
     ask = {"command": "print(1)", "session_id": vm.session_id}

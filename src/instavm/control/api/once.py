@@ -21,6 +21,10 @@ from instavm.wire.base import Wire
 HEADER: Final = "Idempotency-Key"
 
 
+class Begun(Wire):
+    id: str
+
+
 class Once:
     """The key of one request, if it came with one."""
 
@@ -32,15 +36,23 @@ class Once:
 
     async def create(self, work: Callable[[str | None], Awaitable[Wire]]) -> Response:
         """Make something, in the session whose id `work` is handed; None = in one of its own. Broken off, it is begun again."""
-        return await self._answer(work, again=True)
+        return _json(await self._answer(work, again=True))
 
     async def run(self, work: Callable[[], Awaitable[Wire]]) -> Response:
         """Run something. Broken off by the end of the server, nobody knows how far it came, and it is not begun again."""
-        return await self._answer(lambda _target: work(), again=False)
+        return _json(await self._answer(lambda _target: work(), again=False))
 
-    async def _answer(self, work: Callable[[str | None], Awaitable[Wire]], *, again: bool) -> Response:
+    async def begin(self, work: Callable[[], str]) -> str:
+        """Begin something that can be asked for by its id. Returns: that id."""
+
+        async def begun(_target: str | None) -> Begun:
+            return Begun(id=work())
+
+        return Begun.model_validate_json(await self._answer(begun, again=False)).id
+
+    async def _answer(self, work: Callable[[str | None], Awaitable[Wire]], *, again: bool) -> bytes:
         if self._key is None:
-            return _json(_bytes(await work(None)))
+            return _bytes(await work(None))
         if not (0 < len(self._key) <= limits.IDEMPOTENCY_KEY_CHARS and self._key.isascii() and self._key.isprintable()):
             raise BadRequest(HEADER, self._key, limits.ALLOWED["idempotency-key"])
 
@@ -48,7 +60,7 @@ class Once:
             return _bytes(await work(target))
 
         fingerprint = await self._fingerprint()
-        return _json(await self._here.repeats.once(self._caller, self._key, fingerprint, begun, again=again))
+        return await self._here.repeats.once(self._caller, self._key, fingerprint, begun, again=again)
 
     async def _fingerprint(self) -> str:
         url = self._request.url

@@ -11,6 +11,7 @@ from starlette.responses import StreamingResponse
 
 from instavm.control.api.executions import result
 from instavm.control.api.here import Caller, Here
+from instavm.control.api.once import OnlyOnce
 from instavm.control.executions import Ran
 from instavm.control.streams import Event, Followed
 from instavm.errors import InstaVMError
@@ -25,11 +26,12 @@ ALIVE_S: Final = 15.0
 
 
 @router.post("/execute/stream", response_class=StreamingResponse)
-async def begin(ask: Execute, caller: Caller, here: Here) -> StreamingResponse:
+async def begin(ask: Execute, caller: Caller, here: Here, once: OnlyOnce) -> StreamingResponse:
     """It runs on when the client goes away."""
     if ask.session_id is not None:
         await here.sessions.get(caller, ask.session_id)
-    return _stream(here.streams.begin(caller, ask), 0)
+    execution_id = await once.begin(lambda: here.streams.begin(caller, ask).id)
+    return _stream(here.streams.get(caller, execution_id), 0)
 
 
 @router.get("/v1/executions/{execution_id}/stream", response_class=StreamingResponse)
