@@ -27,8 +27,8 @@ def _runtime_dir() -> Path:
     return Path("/run/instavm") if _root() else Path(platformdirs.user_runtime_dir("instavm"))
 
 
-class Settings(BaseSettings):
-    """Read from `INSTAVM_*` in the environment. Times are seconds, sizes MiB, unless a name says more."""
+class Places(BaseSettings):
+    """Where things lie: all that a client needs to find its server. Read from `INSTAVM_*` in the environment."""
 
     model_config = SettingsConfigDict(env_prefix="INSTAVM_", frozen=True, extra="ignore")
 
@@ -38,6 +38,49 @@ class Settings(BaseSettings):
     """Database, templates and running sandboxes. Root (or the user) only, mode 0700."""
     runtime_dir: Path = Field(default_factory=_runtime_dir)
     """Sockets. Mode 0700."""
+
+    @field_validator("cache_dir", "state_dir", "runtime_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def socket(self) -> Path:
+        """Where the embedded server listens."""
+        return self.runtime_dir / "server.sock"
+
+    @property
+    def start_lock(self) -> Path:
+        """Held while the embedded server is started or ends, so that two programs never start two."""
+        return self.runtime_dir / "start.lock"
+
+    @property
+    def server_lock(self) -> Path:
+        """Held by the one server that uses `state_dir`."""
+        return self.state_dir / "server.lock"
+
+    @property
+    def control_dir(self) -> Path:
+        """Everything that control's process writes; the rest of `state_dir` is the node's."""
+        return self.state_dir / "control"
+
+    @property
+    def database(self) -> Path:
+        return self.control_dir / "control.db"
+
+    @property
+    def server_log(self) -> Path:
+        """Log of the embedded server: its node's."""
+        return self.state_dir / "server.log"
+
+    @property
+    def control_log(self) -> Path:
+        """Log of the embedded server: its API's."""
+        return self.control_dir / "control.log"
+
+
+class Settings(Places):
+    """All that a server can be told in `INSTAVM_*`. Times are seconds, sizes MiB, unless a name says more."""
 
     driver: Literal["auto", "qemu"] = "auto"
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
@@ -109,42 +152,3 @@ class Settings(BaseSettings):
 
     idle_exit_s: float = Field(300.0, gt=0)
     """The embedded server ends after so long without a client and without a sandbox."""
-
-    @field_validator("cache_dir", "state_dir", "runtime_dir")
-    @classmethod
-    def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
-
-    @property
-    def socket(self) -> Path:
-        """Where the embedded server listens."""
-        return self.runtime_dir / "server.sock"
-
-    @property
-    def start_lock(self) -> Path:
-        """Held while the embedded server is started or ends, so that two programs never start two."""
-        return self.runtime_dir / "start.lock"
-
-    @property
-    def server_lock(self) -> Path:
-        """Held by the one server that uses `state_dir`."""
-        return self.state_dir / "server.lock"
-
-    @property
-    def control_dir(self) -> Path:
-        """Everything that control's process writes; the rest of `state_dir` is the node's."""
-        return self.state_dir / "control"
-
-    @property
-    def database(self) -> Path:
-        return self.control_dir / "control.db"
-
-    @property
-    def server_log(self) -> Path:
-        """Log of the embedded server: its node's."""
-        return self.state_dir / "server.log"
-
-    @property
-    def control_log(self) -> Path:
-        """Log of the embedded server: its API's."""
-        return self.control_dir / "control.log"

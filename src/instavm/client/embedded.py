@@ -26,7 +26,7 @@ from typing import Final
 from instavm.client.calls.health import health
 from instavm.client.errors import from_answer
 from instavm.errors import HostNotReady, NetworkError
-from instavm.settings import Settings
+from instavm.settings import Places
 from instavm.version import __version__
 from instavm.wire.base import PROTOCOL
 from instavm.wire.health import Health
@@ -55,13 +55,13 @@ class Running:
 
 
 class Embedded:
-    def __init__(self, settings: Settings, command: Sequence[str] | None = None) -> None:
-        self._settings = settings
+    def __init__(self, places: Places, command: Sequence[str] | None = None) -> None:
+        self._places = places
         self._command = command or COMMAND
 
     @property
     def socket(self) -> Path:
-        return self._settings.socket
+        return self._places.socket
 
     def ensure(self, again: bool = False) -> None:
         """Return when a server of our version answers on `socket`; start or replace it when needed. Blocks.
@@ -95,7 +95,7 @@ class Embedded:
             response = connection.getresponse()
             return Running(connection.peer_pid(), health().read(response.read()))
         except TimeoutError:
-            raise NetworkError(f"the embedded server does not answer; see {self._settings.control_log}") from None
+            raise NetworkError(f"the embedded server does not answer; see {self._places.control_log}") from None
         except (OSError, http.client.HTTPException):
             return None
         finally:
@@ -104,8 +104,8 @@ class Embedded:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """Never unlocked, only closed: the server that was started holds the same lock until it is ready."""
-        _private_dir(self._settings.runtime_dir)
-        lock = os.open(self._settings.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        _private_dir(self._places.runtime_dir)
+        lock = os.open(self._places.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock
@@ -136,7 +136,7 @@ class Embedded:
 
     def _spawn(self, lock: int, writer: int) -> None:
         """In a session of its own, so that neither Ctrl-C nor the end of the terminal reaches it."""
-        self._settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._places.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         words = os.open(self._words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             subprocess.run(
@@ -155,14 +155,14 @@ class Embedded:
     @property
     def _words(self) -> Path:
         """What the server prints before its log is open: a traceback, when it could not even be loaded."""
-        return self._settings.server_log.with_suffix(".err")
+        return self._places.server_log.with_suffix(".err")
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError):
             lines = self._words.read_text(errors="replace").strip().splitlines()
             if lines:
                 return f"the embedded server could not start: {lines[-1]} (see {self._words})"
-        return f"the embedded server ended before it was ready; see {self._settings.server_log}"
+        return f"the embedded server ended before it was ready; see {self._places.server_log}"
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -23,7 +23,7 @@ from instavm.client.config import Config
 from instavm.client.embedded import Embedded
 from instavm.client.errors import from_answer
 from instavm.errors import NetworkError, ServerStopping
-from instavm.settings import Settings
+from instavm.settings import Places
 from instavm.version import __version__
 from instavm.wire.files import RAW
 
@@ -47,7 +47,7 @@ class Link:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._embedded = Embedded(Settings()) if config.base_url is None else None
+        self._embedded = Embedded(Places()) if config.base_url is None else None
         self._client: httpx.Client | None = None
 
     def send(self, call: Call[T]) -> T:
@@ -119,7 +119,7 @@ class AsyncLink:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._embedded = Embedded(Settings()) if config.base_url is None else None
+        self._embedded = Embedded(Places()) if config.base_url is None else None
         self._client: httpx.AsyncClient | None = None
 
     async def send(self, call: Call[T]) -> T:
