@@ -1,11 +1,11 @@
 """The host's end of the line against a guest that lies: bounded, typed, never a hang."""
 
 import json
-import socket
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import anyio
 import pytest
+from guest_line import guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,27 +20,12 @@ from instavm.errors import (
     RateLimitError,
 )
 from instavm.node import processes
-from instavm.node.agent import connected
 from instavm.sandbox import Command
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
 COMMAND = Command("print(1)", "python", 5)
 GOOD = {"exit_code": 0, "wall_us": 100, "cpu_us": 100, "reason": None}
-
-
-@asynccontextmanager
-async def guest():
-    """An agent of the host, and the socket on which a test plays the guest."""
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
-    play = await anyio.abc.UNIXSocketStream.from_socket(theirs)
-    try:
-        async with connected(stream) as agent:
-            yield agent, play
-    finally:
-        await play.aclose()
 
 
 async def answered(answer):

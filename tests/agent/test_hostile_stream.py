@@ -1,17 +1,16 @@
 """Whole conversations of a lying guest: replayed, reordered, slow, endless. The host's memory stays flat and nothing hangs."""
 
-import socket
 import tracemalloc
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 import anyio
 import pytest
+from guest_line import guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from instavm.errors import GuestProtocolError, InstaVMError
 from instavm.node import files
-from instavm.node.agent import connected
 from instavm.sandbox import Command, Outcome
 from instavm_guest import frames
 
@@ -46,20 +45,6 @@ CUTS = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@asynccontextmanager
-async def line():
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setblocking(False)
-    stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
-    play = await anyio.abc.UNIXSocketStream.from_socket(theirs)
-    try:
-        async with connected(stream) as agent:
-            yield agent, play
-    finally:
-        await play.aclose()
-
-
 async def asked(play):
     """The number of the host's first request."""
     reading, got = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX), []
@@ -71,7 +56,7 @@ async def asked(play):
 async def told(ask, said, cuts):
     """What becomes of `ask(agent)` when the guest says all this, cut like that, and hangs up."""
     result = []
-    async with line() as (agent, play), anyio.create_task_group() as tasks:
+    async with guest() as (agent, play), anyio.create_task_group() as tasks:
 
         async def lie():
             number = await asked(play)
@@ -138,7 +123,7 @@ async def test_a_guest_that_sends_a_byte_at_a_time_is_heard_out():
 )
 async def test_a_guest_that_never_stops_talking_takes_no_memory(endless):
     """32 MiB of it; what the host holds of them meanwhile stays under what one result may have."""
-    async with line() as (agent, play), anyio.create_task_group() as tasks:
+    async with guest() as (agent, play), anyio.create_task_group() as tasks:
 
         async def talk():
             number = await asked(play)
@@ -161,7 +146,7 @@ async def test_a_guest_that_never_stops_talking_takes_no_memory(endless):
 
 async def test_a_frame_that_is_announced_and_never_comes_holds_nobody_but_its_own_request():
     """The caller is free when the time is up, and the line is given up; no more than one frame was held for it."""
-    async with line() as (agent, play):
+    async with guest() as (agent, play):
         with anyio.move_on_after(1.0) as waited:
             async with anyio.create_task_group() as tasks:
 

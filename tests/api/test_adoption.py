@@ -27,6 +27,18 @@ def served(node, store):
     return open_control(node, store, LocalAccounts(store.accounts))
 
 
+async def left(node, store, **values):
+    """A session with a sandbox that a server has left, and what the records came to say of it. Returns: its id."""
+    async with served(node, store) as control:
+        session_id = (await control.sessions.create(ME, CreateSession())).id
+        await run(control, session_id, "x = 1")
+        await control.leave()
+    await store.journal.written()
+    change = update(vms).values(**values)
+    await store.sessions._engine.run(lambda connection: connection.execute(change))
+    return session_id
+
+
 async def run(control, session_id, code):
     return (await control.executions.execute(ME, Execute(command=code, session_id=session_id))).outcome.stdout
 
@@ -75,12 +87,7 @@ async def test_what_does_not_live_is_lost_and_what_is_in_no_record_is_ended(tmp_
 )
 async def test_what_should_have_ended_meanwhile_is_ended(tmp_path, values, why):
     async with open_local_node() as node, open_store(tmp_path / "db") as store:
-        async with served(node, store) as control:
-            session_id = (await control.sessions.create(ME, CreateSession())).id
-            await run(control, session_id, "1")
-            await control.leave()
-        await store.journal.written()
-        await store.sessions._engine.run(lambda connection: connection.execute(update(vms).values(**values)))
+        session_id = await left(node, store, **values)
         async with served(node, store) as control:
             assert not node.places
             assert (await control.sessions.get(ME, session_id)).latest().why is why
@@ -88,13 +95,7 @@ async def test_what_should_have_ended_meanwhile_is_ended(tmp_path, values, why):
 
 async def test_a_lifetime_made_shorter_than_it_has_lived_ends_it(tmp_path):
     async with open_local_node() as node, open_store(tmp_path / "db") as store:
-        async with served(node, store) as control:
-            session_id = (await control.sessions.create(ME, CreateSession())).id
-            await run(control, session_id, "1")
-            await control.leave()
-        await store.journal.written()
-        change = update(vms).values(started_at=datetime.now(UTC) - timedelta(seconds=100))
-        await store.sessions._engine.run(lambda connection: connection.execute(change))
+        session_id = await left(node, store, started_at=datetime.now(UTC) - timedelta(seconds=100))
         async with served(node, store) as control:
             session = await control.sessions.get(ME, session_id)
             vm = session.vm
@@ -110,13 +111,7 @@ async def test_a_lifetime_made_shorter_than_it_has_lived_ends_it(tmp_path):
 async def test_a_sandbox_that_came_up_while_the_server_died_is_adopted(tmp_path):
     """The record still says `creating`; the node knows better."""
     async with open_local_node() as node, open_store(tmp_path / "db") as store:
-        async with served(node, store) as control:
-            session_id = (await control.sessions.create(ME, CreateSession())).id
-            await run(control, session_id, "x = 1")
-            await control.leave()
-        await store.journal.written()
-        change = update(vms).values(state=State.CREATING, started_at=None, expires_at=None, start=None)
-        await store.sessions._engine.run(lambda connection: connection.execute(change))
+        session_id = await left(node, store, state=State.CREATING, started_at=None, expires_at=None, start=None)
         async with served(node, store) as control:
             assert await run(control, session_id, "print(x)") == "1\n"
 
