@@ -100,7 +100,7 @@ def internet(tmp_path_factory):
         addresses = [world.a, world.b, world.private, METADATA]
         for address in addresses:
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
-            ip("route", "add", f"{address}/32", "via", there)
+            ip("route", "add", f"{address}/32", "via", there, "metric", str(number + 1))  # another run has that one too
         world.nft(
             "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
             f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"

@@ -60,10 +60,11 @@ async def test_root_inside_changes_its_own_rules_only(sandbox, internet):
     """Rules, routes, addresses and MAC are the guest's to change; what leaves is not."""
     internet.names({"good.test": [internet.a]})
     before = internet.packets()
+    mac = (await sandbox.bash("cat /sys/class/net/eth0/address")).stdout.strip()
     await sandbox.bash("nft flush ruleset 2>/dev/null; ip route replace default via 192.0.0.1 src 192.0.0.2")
     for change, back in (
         ("ip addr add 10.9.9.9/8 dev eth0", "ip addr del 10.9.9.9/8 dev eth0"),
-        ("ip link set eth0 address 02:aa:aa:aa:aa:aa", "ip link set eth0 address 02:00:c0:00:00:02"),
+        ("ip link set eth0 address 02:aa:aa:aa:aa:aa", f"ip link set eth0 address {mac}"),
         ("ip route add 198.51.100.0/24 dev eth0", "ip route del 198.51.100.0/24 dev eth0"),
         ("ip neigh replace 192.0.0.1 lladdr 02:bb:bb:bb:bb:bb dev eth0", "ip neigh del 192.0.0.1 dev eth0"),
     ):
