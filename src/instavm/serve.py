@@ -29,17 +29,18 @@ from instavm.wire.errors import Problem
 
 log = logging.getLogger(__name__)
 
-OpenNode = Callable[[Settings], AbstractAsyncContextManager[Node]]
+OpenNode = Callable[[Settings, Sequence[int]], AbstractAsyncContextManager[Node]]
+"""Given the TCP ports on which control is reached, which no sandbox ever may."""
 
 SWITCH_S: Final = 0.0005
 CONTROL: Final = (sys.executable, "-m", "instavm.serve", "--control")
 
 
-def runtime(settings: Settings) -> AbstractAsyncContextManager[Node]:
+def runtime(settings: Settings, closed_ports: Sequence[int]) -> AbstractAsyncContextManager[Node]:
     """The node of this host."""
     from instavm.node.runtime import Runtime  # noqa: PLC0415 (only a real server needs it)
 
-    return Runtime.open(settings)
+    return Runtime.open(settings, closed_ports)
 
 
 async def serve(
@@ -59,7 +60,7 @@ async def serve(
             undo.callback(os.close, passes["start-lock"])
         control = host.Control((*CONTROL, *listener.options()), passes, _refused)
         with listen.named(listener.socket):
-            return await host.host(control, open_node(settings), ready, listener.socket.close)
+            return await host.host(control, open_node(settings, listener.ports), ready, listener.socket.close)
 
 
 def run(

@@ -360,6 +360,6 @@ class LocalNode:
 
 
 @asynccontextmanager
-async def open_local_node(_settings: object = None) -> AsyncIterator[LocalNode]:
+async def open_local_node(*_given: object) -> AsyncIterator[LocalNode]:
     with tempfile.TemporaryDirectory(prefix="instavm-local-node-") as root:
         yield LocalNode(Path(root))

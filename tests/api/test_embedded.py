@@ -207,7 +207,7 @@ def test_why_it_could_not_start_reaches_the_user(place, tmp_path):
         from instavm.serve import run_embedded
 
         @asynccontextmanager
-        async def nothing(settings):
+        async def nothing(settings, closed_ports):
             raise HostNotReady("this host has no QEMU: apt-get install it")
             yield
 

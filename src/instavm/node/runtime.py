@@ -106,10 +106,11 @@ class Runtime:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings) -> AsyncIterator[Runtime]:
+    async def open(cls, settings: Settings, closed_ports: Sequence[int] = ()) -> AsyncIterator[Runtime]:
         """A node on this host. Sandboxes of an earlier server that still live are adopted, whatever else it left is removed.
 
         Every sandbox ends with the block, unless `leave` was called.
+        closed_ports: TCP ports of this host that no policy opens: the control plane's.
         Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
         """
         with ExitStack() as undo:
@@ -119,7 +120,7 @@ class Runtime:
             undo.callback(driver.close)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
-            networks, layers = Networks(settings), Layers(settings)
+            networks, layers = Networks(settings, closed_ports), Layers(settings)
             machines = Machines(
                 settings.state_dir,
                 driver,

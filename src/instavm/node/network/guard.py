@@ -23,7 +23,6 @@ import anyio
 from instavm.errors import HostNotReady
 from instavm.node.network import rules, space
 from instavm.node.network.policy import Policy, Registry, registry, to_wire
-from instavm.node.network.ports import own_ports
 from instavm.node.network.space import Space
 from instavm.sandbox import Egress, EgressLog, Seen
 from instavm.settings import Settings
@@ -68,7 +67,7 @@ class Network:
 
     async def _put(self, policy: Policy) -> None:
         self.policy = _closed(policy)
-        await self.networks.ask("put", self.name, **_told(policy))
+        await self.networks.ask("put", self.name, **self.networks.told(policy))
         await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
         self.policy = policy
 
@@ -88,8 +87,10 @@ class Network:
 
 
 class Networks:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, closed_ports: Iterable[int] = ()) -> None:
+        """closed_ports: TCP ports of this host that no policy opens."""
         self._settings = settings
+        self._closed_ports = sorted(closed_ports)
         self._live: dict[str, Network] = {}
         self._names = itertools.count(1)
         self._ids = itertools.count(1)
@@ -145,6 +146,10 @@ class Networks:
             raise
         return network
 
+    def told(self, policy: Policy) -> dict[str, Any]:
+        """What the filter must know of one sandbox."""
+        return {"policy": to_wire(policy), "closed_ports": self._closed_ports}
+
     async def ready(self) -> None:
         """Wait until there is a filter. Raises HostNotReady."""
         if not self._ready.is_set():
@@ -157,7 +162,7 @@ class Networks:
 
     async def _hand_over(self, network: Network) -> None:
         fds = [one.fileno() for one in network.space.sockets]
-        await self.ask("open", network.name, fds=fds, **_told(network.policy))
+        await self.ask("open", network.name, fds=fds, **self.told(network.policy))
 
     async def forget(self, network: Network) -> None:
         if self._live.pop(network.name, None) is not None:
@@ -285,7 +290,3 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 def _closed(policy: Policy) -> Policy:
     return Policy(Egress(), policy.registries.values())
-
-
-def _told(policy: Policy) -> dict[str, Any]:
-    return {"policy": to_wire(policy), "closed_ports": own_ports()}
