@@ -110,7 +110,7 @@ class Node(Protocol):
         ...
 
     async def egress_log(self, vm_id: str) -> EgressLog:
-        """Where it went and what was refused, bounded. Raises: SessionEnded."""
+        """Where it went and what was refused, bounded; once more after it has ended. Raises: SessionEnded."""
         ...
 
     async def suspend(self, vm_id: str) -> Stored:
