@@ -76,6 +76,30 @@ async def test_root_inside_changes_its_own_rules_only(sandbox, internet):
     assert (await sandbox.get("http://good.test/")).startswith("GET"), "it still has its network"
 
 
+async def test_the_report_has_a_hash_of_what_is_in_force(node, sandbox, start):
+    """The same for the same rules; another one when the policy changes, or when rules go behind our back."""
+
+    async def egress(one):
+        told = (await node.isolation(one.vm_id)).report
+        return told["egress"], [weakness for weakness in told["weaker"] if "egress" in weakness]
+
+    other = await start()
+    closed, weaker = await egress(sandbox)
+    assert await egress(other) == (closed, weaker) and len(closed["sha256"]) == 64 and weaker == []
+    assert closed["policy"]["domains"] == () and closed["kernel_rules"] > 5
+    await sandbox.allow(domains=("good.test",))
+    opened, _ = await egress(sandbox)
+    assert opened["policy"]["domains"] == ("good.test",) and opened["sha256"] != closed["sha256"]
+    await sandbox.get("http://evil.test/")
+    assert (await egress(sandbox))[0] == opened, "what is counted is no rule"
+    await sandbox.allow()
+    assert (await egress(sandbox))[0] == closed
+    await anyio.to_thread.run_sync(space.apply, other.network.space, "flush ruleset")
+    flushed, weaker = await egress(other)
+    assert flushed["sha256"] != closed["sha256"] and flushed["kernel_rules"] == 0
+    assert "only the filter decides" in weaker[0]
+
+
 async def test_flushed_rules_open_nothing(start, internet):
     internet.names({"good.test": [internet.a]})
     sandbox = await start(Egress(domains=("good.test",)))

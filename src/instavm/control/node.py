@@ -168,7 +168,10 @@ class Node(Protocol):
         ...
 
     async def isolation(self, vm_id: str) -> Isolation:
-        """What confines this sandbox now, read from the running system and signed. Raises: SessionEnded."""
+        """What confines this sandbox now, read from the running system and signed.
+
+        Raises: SessionEnded, HostNotReady (a part of it does not answer).
+        """
         ...
 
     def memory(self) -> HostMemory:

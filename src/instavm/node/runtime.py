@@ -161,10 +161,9 @@ class Runtime:
     async def isolation(self, vm_id: str) -> Isolation:
         machine = self._usable(vm_id).prepared
         info = await self.info()
-        jail = self._settings.jail
-        told = await anyio.to_thread.run_sync(
-            isolation.report, vm_id, machine.home.name, machine.machine.pid, info, jail, self._jails.cgroups
-        )
+        egress = None if machine.network is None else await machine.network.in_force()
+        about = (vm_id, machine.home.name, machine.machine.pid, info, self._settings.jail, self._jails.cgroups, egress)
+        told = await anyio.to_thread.run_sync(isolation.report, *about)
         return self._signer.sign(told)
 
     async def start(self, spec: SandboxSpec) -> Started:

@@ -6,6 +6,7 @@ While there is no filter nothing gets through, whatever the rules say: it alone 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -22,7 +23,7 @@ import anyio
 
 from instavm.errors import HostNotReady
 from instavm.node.network import rules, space
-from instavm.node.network.policy import Policy, Registry, registry, to_wire
+from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.network.space import Space
 from instavm.sandbox import Egress, EgressLog, Seen
 from instavm.settings import Settings
@@ -36,6 +37,15 @@ BEGIN_S: Final = 120.0
 """How long a filter may take to start up while others have the CPU."""
 AGAIN_S: Final = 0.2
 """Pause before a filter that ended is replaced, so that one that can't live does not take the whole CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What holds for one sandbox. `sha256`: of all of it, kernel's and filter's; equal rules have the same."""
+
+    sha256: str
+    kernel_rules: int
+    policy: Egress
 
 
 @dataclass(eq=False, slots=True)
@@ -78,6 +88,15 @@ class Network:
         kernel = rules.refused(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_REFUSED))
         seen = [Seen(*entry) for entry in said["entries"]]
         return EgressLog((*seen, *kernel), said["sent"], said["received"], said["open"])
+
+    async def in_force(self) -> InForce:
+        """What kernel and filter go by at this moment, asked of both. Raises HostNotReady (there is no filter)."""
+        await self.networks.ready()
+        said = await self.networks.ask("policy", self.name)
+        kernel = rules.in_force(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_ALL))
+        policy = from_wire(said["told"]["policy"]).egress
+        both = json.dumps({"filter": said["told"], "kernel": kernel}, sort_keys=True).encode()
+        return InForce(hashlib.sha256(both).hexdigest(), sum("rule" in one for one in kernel), policy)
 
     async def aclose(self) -> None:
         """Twice is fine."""
