@@ -64,6 +64,8 @@ def test_a_policy_from_before_the_sandbox_to_after_a_killed_server(server, inter
         server.run(*suggested.split()[1:])
         assert bash(vm, CURL.format("http://good.test/")) == f"GET / at {internet.a}:80 0"
         assert "allow_http: true" in server.run("egress", "get", "--vm", vm_id)
+    log = server.run("egress", "log", "--vm", vm_id)
+    assert "refused good.test dns/53" in log and "allowed good.test tcp/80" in log, "it is told after the end as well"
 
 
 def test_what_cannot_be_meant_is_refused_by_name(server):
