@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -114,6 +115,14 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path) -> Path:
         return value.expanduser().absolute()
+
+    def environment(self) -> dict[str, str]:
+        """Variables from which another process makes the same settings, but for what is none of its business."""
+        told = self.model_dump(mode="json", exclude={"egress_proxy"}, exclude_none=True)  # its password
+        return {
+            f"INSTAVM_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+            for name, value in told.items()
+        }
 
     @property
     def socket(self) -> Path:
