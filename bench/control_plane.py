@@ -127,7 +127,7 @@ class NullNode:
 
 
 @asynccontextmanager
-async def open_null_node(_settings: Settings) -> AsyncIterator[NullNode]:
+async def open_null_node(_settings: Settings, _closed_ports: Sequence[int]) -> AsyncIterator[NullNode]:
     yield NullNode()
 
 

@@ -31,7 +31,7 @@ def cycle() -> None:
 def settled(process: psutil.Process) -> None:
     """Machines are made ahead for the next sandbox; a server is compared with itself only when they are all there."""
     wanted = Settings().spare_machines
-    while len(process.children(recursive=True)) != wanted:
+    while sum(one.name().startswith("qemu-system") for one in process.children(recursive=True)) != wanted:
         time.sleep(0.05)
     time.sleep(1)  # connections and worker threads that are not used any more go by themselves
 

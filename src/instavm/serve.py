@@ -18,7 +18,7 @@ from typing import Final
 
 import anyio
 
-from instavm.border import host, remote
+from instavm.border import confined, host, remote
 from instavm.control import listen, locks
 from instavm.control.listen import Listener
 from instavm.control.node import Node
@@ -29,17 +29,18 @@ from instavm.wire.errors import Problem
 
 log = logging.getLogger(__name__)
 
-OpenNode = Callable[[Settings], AbstractAsyncContextManager[Node]]
+OpenNode = Callable[[Settings, Sequence[int]], AbstractAsyncContextManager[Node]]
+"""Given the TCP ports on which control is reached, which no sandbox ever may."""
 
 SWITCH_S: Final = 0.0005
-CONTROL: Final = (sys.executable, "-m", "instavm.serve", "--control")
+CONTROL: Final = (sys.executable, "-P", "-m", "instavm.serve", "--control")
 
 
-def runtime(settings: Settings) -> AbstractAsyncContextManager[Node]:
+def runtime(settings: Settings, closed_ports: Sequence[int]) -> AbstractAsyncContextManager[Node]:
     """The node of this host."""
     from instavm.node.runtime import Runtime  # noqa: PLC0415 (only a real server needs it)
 
-    return Runtime.open(settings)
+    return Runtime.open(settings, closed_ports)
 
 
 async def serve(
@@ -57,9 +58,10 @@ async def serve(
         if listener.ends_when_idle:
             passes["start-lock"] = locks.opened(settings.start_lock)
             undo.callback(os.close, passes["start-lock"])
-        control = host.Control((*CONTROL, *listener.options()), passes, _refused)
+        around = undo.enter_context(confined.confinement(settings))
+        control = host.Control((*CONTROL, *listener.options()), passes, _refused, around)
         with listen.named(listener.socket):
-            return await host.host(control, open_node(settings), ready, listener.socket.close)
+            return await host.host(control, open_node(settings, listener.ports), ready, listener.socket.close)
 
 
 def run(
@@ -86,7 +88,7 @@ def run_embedded(arguments: Sequence[str], *, open_node: OpenNode = runtime) -> 
         return 0
     os.chdir("/")
     sys.setswitchinterval(SWITCH_S)
-    waiting = _Waiting(options.ready_fd, options.lock_fd)
+    waiting = _Waiting(options.ready_fd, options.lock_fd, quiet=True)
     try:
         settings = Settings()
         to_file(settings.server_log)
@@ -106,7 +108,7 @@ def run_control(arguments: Sequence[str]) -> int:
 
     Without its node it is nothing: when that goes, it goes at once, as if killed with it.
     """
-    from instavm.control.serving import serve_control  # noqa: PLC0415 (libraries that the node's process has no use for)
+    from instavm.control.serving import Ends, serve_control  # noqa: PLC0415 (libraries that the node's process has no use for)
 
     options = _control_options(arguments)
     sys.setswitchinterval(SWITCH_S)
@@ -115,7 +117,7 @@ def run_control(arguments: Sequence[str]) -> int:
         to_file(settings.control_log)
     else:
         to_stderr()
-    waiting = _Waiting(options.ready_fd)
+    waiting = _Waiting(options.ready_fd, quiet=options.ends_when_idle)
     listener = Listener(
         socket.socket(fileno=options.listener_fd),
         options.private,
@@ -123,10 +125,11 @@ def run_control(arguments: Sequence[str]) -> int:
         options.owner,
         options.start_lock_fd,
     )
-    node = remote.connected(socket.socket(fileno=options.link_fd), lambda: os._exit(1))
+    ends = Ends()
+    node = remote.connected(socket.socket(fileno=options.link_fd), lambda: os._exit(1), ends.asked)
     try:
         with _ungrouped():
-            anyio.run(lambda: serve_control(settings, listener, node, waiting.ready))
+            anyio.run(lambda: serve_control(settings, listener, node, waiting.ready, ends))
     except InstaVMError as exc:
         waiting.failed(str(exc), exc.code)
         return 1
@@ -144,13 +147,17 @@ def _refused(said: bytes) -> InstaVMError:
 class _Waiting:
     """Whoever started us and waits to hear that we answer; a client also holds the start lock with us until then."""
 
-    def __init__(self, ready_fd: int, *held: int) -> None:
+    def __init__(self, ready_fd: int, *held: int, quiet: bool) -> None:
+        """quiet: let go of the terminal too, once ready: who started it has other things to do there."""
+        self._quiet = quiet
         self._fds = [ready_fd, *held]
         for fd in self._fds:
             os.set_inheritable(fd, False)
 
     def ready(self) -> None:
         self._tell(b"ready\n")
+        if not self._quiet:
+            return
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -152,3 +153,11 @@ class Settings(Places):
 
     idle_exit_s: float = Field(300.0, gt=0)
     """The embedded server ends after so long without a client and without a sandbox."""
+
+    def environment(self) -> dict[str, str]:
+        """Variables from which another process makes the same settings, but for what is none of its business."""
+        told = self.model_dump(mode="json", exclude={"egress_proxy"}, exclude_none=True)  # its password
+        return {
+            f"INSTAVM_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
+            for name, value in told.items()
+        }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
+import socket
 import struct
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -14,14 +16,15 @@ CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
 PR_SET_PDEATHSIG = 1
 _SYS_PIVOT_ROOT = 155  # x86_64
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
+_SIOCSIFHWADDR, _ARPHRD_ETHER = 0x8924, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _check(result: int, what: str) -> None:
     if result != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
@@ -58,3 +61,12 @@ def reseed(random: int, entropy: bytes) -> None:
     """
     fcntl.ioctl(random, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
     fcntl.ioctl(random, _RNDRESEEDCRNG, 0)
+
+
+def set_mac(wire: socket.socket, interface: str, mac: bytes) -> None:
+    """Give a network interface another address, up as it is. One that the user has taken away has none to change."""
+    try:
+        fcntl.ioctl(wire, _SIOCSIFHWADDR, struct.pack("16sH6s8x", interface.encode(), _ARPHRD_ETHER, mac))
+    except OSError as exc:
+        if exc.errno != errno.ENODEV:
+            raise

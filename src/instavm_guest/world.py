@@ -20,6 +20,7 @@ AGENT_RESERVE = 24 << 20
 PIDS_MAX = 4096
 """Tasks of the user's in all; one call may have half of it, so that its bomb leaves room for the next call."""
 DISK_FULL_BYTES = 1 << 20
+WIRE = "/sys/class/net/eth0"
 HOSTS = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 "
 
 
@@ -62,18 +63,21 @@ class Identity:
         named = [name for name in IDENTITY_FILES if name != "resolv.conf"]  # that one is the same in every sandbox
         self._files = {name: os.open(f"{IDENTITY_DIR}/{name}", flags, 0o644) for name in named}
         self._random = os.open("/dev/random", os.O_RDWR | os.O_CLOEXEC)
+        self._wire = socket.socket(socket.AF_INET, socket.SOCK_DGRAM) if os.path.exists(WIRE) else None
         self._lengths = dict.fromkeys(named, 0)
 
     def take(self, message: Message) -> None:
         """Become someone of one's own. Raises OSError, KeyError or ValueError; then nobody may run.
 
-        message: `time_ns` since the epoch, `entropy` hex of at least 32 bytes, `hostname`, `machine_id`, `boot_id`.
+        message: `time_ns` since the epoch, `entropy` hex of at least 32 bytes, `hostname`, `machine_id`, `boot_id`, `mac` in hex.
         """
         entropy = bytes.fromhex(message["entropy"])
         if len(entropy) < 32:
             raise ValueError("at least 32 bytes of entropy are needed")
         time.clock_settime_ns(time.CLOCK_REALTIME, message["time_ns"])
         kernel.reseed(self._random, entropy)
+        if self._wire is not None:
+            kernel.set_mac(self._wire, os.path.basename(WIRE), bytes.fromhex(message["mac"]))
         hostname = message["hostname"]
         socket.sethostname(hostname)
         self._write("hostname", hostname + "\n")

@@ -108,6 +108,7 @@ class LocalNode:
         self._root = root
         self.places: dict[str, Place] = {}
         self.resting: dict[str, Place] = {}
+        self.logs: dict[str, EgressLog] = {}
         self.booting: set[str] = set()
         self.started: list[str] = []
         self.stopped: list[str] = []
@@ -182,8 +183,9 @@ class LocalNode:
         self._place(vm_id).egress = egress
 
     async def egress_log(self, vm_id: str) -> EgressLog:
-        self._place(vm_id)
-        return EgressLog()
+        if vm_id not in self.logs:
+            self._place(vm_id)
+        return self.logs.get(vm_id, EgressLog())
 
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         place = self._place(vm_id)
@@ -360,6 +362,6 @@ class LocalNode:
 
 
 @asynccontextmanager
-async def open_local_node(_settings: object = None) -> AsyncIterator[LocalNode]:
+async def open_local_node(*_given: object) -> AsyncIterator[LocalNode]:
     with tempfile.TemporaryDirectory(prefix="instavm-local-node-") as root:
         yield LocalNode(Path(root))

@@ -9,7 +9,7 @@ from instavm.control.quotas import Policy
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
 from instavm.errors import HostNotReady
-from instavm.sandbox import NOTHING, Egress
+from instavm.sandbox import NOTHING, Egress, EgressLog, Seen
 from instavm.wire.sessions import CreateSession
 
 ME = Tenant("local", "me", None)
@@ -94,6 +94,63 @@ def test_a_refusal_names_field_value_and_what_is_allowed(http, vm):
 def test_the_log(http, vm):
     assert http.get(f"/v1/egress/session/{vm.session_id}/log").json()["entries"] == []
     assert vm.egress.log()["open_connections"] == 0
+
+
+TRIED = EgressLog((Seen("evil.test", None, 53, "dns", False, "no_rule", 2, 1.0, 2.0),), 3, 4, 1)
+
+
+@pytest.mark.parametrize("end", ["killed", "crashed", "suspended"])
+def test_the_log_outlives_its_sandbox(server, http, end):
+    made = http.post("/v1/vms", json={}).json()
+    server.node.logs[made["vm_id"]] = TRIED
+    if end == "killed":
+        http.delete(f"/v1/vms/{made['vm_id']}")
+    elif end == "crashed":
+        server.portal.call(server.node.crash, made["vm_id"])
+    else:
+        http.post(f"/v1/vms/{made['vm_id']}/suspend")
+    for path in (f"session/{made['session_id']}", f"vm/{made['vm_id']}"):
+        told = http.get(f"/v1/egress/{path}/log").json()
+        assert told["vm_id"] == made["vm_id"]
+        assert [(one["name"], one["count"], one["rule"]) for one in told["entries"]] == [("evil.test", 2, "no_rule")]
+        assert (told["bytes_sent"], told["bytes_received"]) == (3, 4)
+    http.post("/kill", json={"session_id": made["session_id"]})
+
+
+def test_the_records_show_what_is_in_force(server, http):
+    """Of a VM and of its session; of one that has ended nothing is in force, and one at rest keeps what it had."""
+    policy = {"allow_package_managers": True, "allowed_domains": ["a.test"]}
+    made = http.post("/v1/vms", json={"egress_policy": policy}).json()
+    want = {**CLOSED, **policy, "allow_public_repos": True}
+    vm, session = f"/v1/vms/{made['vm_id']}", f"/v1/sessions/session/{made['session_id']}"
+    assert made["egress_policy"] == {**want, "status": "applied"}
+    assert http.get(vm).json()["egress_policy"] == http.get(session).json()["egress_policy"] == made["egress_policy"]
+    http.post(f"/v1/egress/vm/{made['vm_id']}", json={})
+    shown = [one["egress_policy"] for one in http.get("/v1/vms").json() if one["vm_id"] == made["vm_id"]]
+    assert shown == [{**CLOSED, "status": "applied"}]
+    http.post(f"{vm}/suspend")
+    assert http.get(vm).json()["egress_policy"] == {**CLOSED, "status": "pending"}
+    http.post(f"/v1/egress/session/{made['session_id']}", json=policy)
+    assert http.get(vm).json()["egress_policy"] == {**want, "status": "pending"}
+    http.post("/kill", json={"session_id": made["session_id"]})
+    assert http.get(vm).json()["egress_policy"] is None
+    assert {one["vm_id"]: one["egress_policy"] for one in http.get("/v1/vms/").json()}[made["vm_id"]] is None
+
+
+@pytest.mark.anyio
+async def test_a_policy_set_while_at_rest_holds_after_a_restart(tmp_path):
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            session = await control.sessions.create(ME, CreateSession())
+            await control.sessions.ready(session)
+            await control.egress.set_vm(session, session.vm.id, WEB)
+            await control.sessions.suspend(session)
+            assert not await control.egress.set_session(session, NOTHING)
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            session = await control.sessions.get(ME, session.id)
+            vm = await control.sessions.resume(session)
+            assert vm.egress == NOTHING
+            await control.sessions.kill(session)
 
 
 @pytest.mark.anyio

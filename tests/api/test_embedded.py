@@ -51,7 +51,8 @@ def server_pid(place):
 
 def end(pid, number):
     """Send a signal and wait until the process is gone, and the one that it started for the API."""
-    both = [os.pidfd_open(one.pid) for one in (*psutil.Process(pid).children(), psutil.Process(pid)) if is_ours(one)]
+    server = psutil.Process(pid)
+    both = [os.pidfd_open(one.pid) for one in (*server.children(recursive=True), server) if is_ours(one)]
     signal.pidfd_send_signal(both[-1], number)
     for process in both:
         wait_gone(process)
@@ -207,7 +208,7 @@ def test_why_it_could_not_start_reaches_the_user(place, tmp_path):
         from instavm.serve import run_embedded
 
         @asynccontextmanager
-        async def nothing(settings):
+        async def nothing(settings, closed_ports):
             raise HostNotReady("this host has no QEMU: apt-get install it")
             yield
 

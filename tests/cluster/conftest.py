@@ -1,23 +1,7 @@
 """Servers as users run them: processes of their own, which are killed and started again on the same state."""
 
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
-from servers import NOTHING, Servers
-
-from instavm.node import inventory
-
-
-@contextmanager
-def tidy(settings, short_folder):
-    """Servers that have a folder of their own, of which nothing is left when the last of them has ended."""
-    folder = Path(tempfile.mkdtemp(dir=short_folder))
-    servers = Servers(settings, folder)
-    yield servers
-    servers.end()
-    assert inventory.take(folder) == NOTHING
+from servers import tidy
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from instavm import InstaVM
@@ -17,28 +19,30 @@ NOTHING = inventory.Inventory(frozenset(), frozenset())
 class Servers:
     """One server after another on the same state directory and port."""
 
-    def __init__(self, settings, folder) -> None:
+    def __init__(self, settings, folder, *, host="127.0.0.1", **more) -> None:
+        """host: where to listen. more: settings of all of them."""
         self.state = folder
+        self.host = host
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((host, 0))
             self.port = probe.getsockname()[1]
         chosen = {"STATE_DIR": folder, "RUNTIME_DIR": folder, "CACHE_DIR": settings.cache_dir, "SPARE_MACHINES": 1}
-        self.env = {**os.environ, **{f"INSTAVM_{name}": str(value) for name, value in chosen.items()}}
-        created = self._run("key", "create", "restart", "--json")
-        self.key = next(word for word in created.replace('"', " ").split() if word.startswith("instavm_sk_"))
+        self.env = {**os.environ, **_variables({**chosen, **more})}
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.key = self.run("key", "create", "restart")
+        self.env |= {"INSTAVM_BASE_URL": self.url, "INSTAVM_API_KEY": self.key}
         self.process = None
 
-    def _run(self, *arguments) -> str:
+    def run(self, *arguments) -> str:
+        """What `instavm` with these arguments prints."""
         done = subprocess.run([PROGRAM, *arguments], env=self.env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stdout.strip()
 
     def start(self, *program, **settings) -> None:
         """`program`: what to run instead of the `instavm` that is installed."""
-        env = {**self.env, **{f"INSTAVM_{name}": str(value) for name, value in settings.items()}}
-        self.process = subprocess.Popen(
-            [*(program or [PROGRAM]), "serve", "--port", str(self.port)], env=env, stdout=subprocess.PIPE
-        )
+        command = [*(program or [PROGRAM]), "serve", "--host", self.host, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, env={**self.env, **_variables(settings)}, stdout=subprocess.PIPE)
         assert self.process.stdout.readline().startswith(b"InstaVM on")
 
     def end(self, signum=signal.SIGTERM) -> None:
@@ -47,4 +51,18 @@ class Servers:
         self.process.stdout.close()
 
     def client(self, **more) -> InstaVM:
-        return InstaVM(self.key, f"http://127.0.0.1:{self.port}", timeout=600, **more)
+        return InstaVM(self.key, self.url, timeout=600, **more)
+
+
+def _variables(settings):
+    return {f"INSTAVM_{name}": str(value) for name, value in settings.items()}
+
+
+@contextmanager
+def tidy(settings, short_folder, **more):
+    """Servers that have a folder of their own, of which nothing is left when the last of them has ended."""
+    folder = Path(tempfile.mkdtemp(dir=short_folder))
+    servers = Servers(settings, folder, **more)
+    yield servers
+    servers.end()
+    assert inventory.take(folder) == NOTHING

@@ -128,7 +128,7 @@ def test_builds_that_fail_are_cancelled_or_lose_their_server_leave_nothing(clien
 
 
 def test_another_account_may_not_read_the_servers_disk_nor_others_snapshots(client, servers):
-    key = servers._run("key", "create", "other", "--tenant", "other", "--json").split('"key": "')[1].split('"')[0]
+    key = servers.run("key", "create", "other", "--tenant", "other", "--json").split('"key": "')[1].split('"')[0]
     from instavm import InstaVM
 
     other = InstaVM(key, f"http://127.0.0.1:{servers.port}", auto_start_session=False)

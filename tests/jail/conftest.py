@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import secrets
+import socket
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -10,6 +16,7 @@ import pytest
 
 from instavm.node.jail import bubblewrap
 from instavm.node.jail.jail import Jails, Needs
+from instavm.node.vmm.memory import sealed
 
 PYTHON = "/usr/bin/python3.11"
 STANDARD_LIBRARY = "/usr/lib/python3.11"
@@ -61,6 +68,52 @@ def run_jailed(jails, home, monkeypatch):
         return said, status
 
     return run_jailed
+
+
+@pytest.fixture
+def outside(own, home):
+    """What there would be to find, all of it real: files, a process, servers, shared memory; and two given descriptors."""
+    server_file = own.state_dir / "control.db"
+    server_file.write_text("keys")
+    other = own.state_dir / "machines" / "m2"
+    other.mkdir(mode=0o700)
+    (other / "disk.qcow2").write_text("somebody else's")
+    memory = own.state_dir / "memory"
+    memory.write_bytes(b"template" * 1024)
+    abstract = secrets.token_hex(8)
+    libc = ctypes.CDLL(None)
+    key = secrets.randbelow(1 << 30) + 1
+    segment = libc.shmget(key, 4096, 0o1666)
+    assert segment >= 0
+    with (
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as bystander,
+        closing(socket.create_server(("127.0.0.1", 0))) as tcp,
+        closing(socket.socket(socket.AF_UNIX)) as unix,
+        (other / "disk.qcow2").open("rb") as layer,
+    ):
+        unix.bind("\0" + abstract)
+        unix.listen()
+        memory_fd = sealed(memory)
+        try:
+            yield {
+                "home": str(home),
+                "note": str(home / "sandbox.json"),
+                "server_file": str(server_file),
+                "other_disk": str(other / "disk.qcow2"),
+                "memory_file": str(memory),
+                "host_pid": bystander.pid,
+                "host_port": tcp.getsockname()[1],
+                "abstract": abstract,
+                "shm_key": key,
+                "layer_fd": layer.fileno(),
+                "memory_fd": memory_fd,
+            }
+            assert bystander.poll() is None
+            assert os.pread(memory_fd, 8, 0) == b"template"
+        finally:
+            bystander.kill()
+            os.close(memory_fd)
+            libc.shmctl(segment, 0, None)
 
 
 def _all_of(fd):

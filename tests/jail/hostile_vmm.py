@@ -87,7 +87,7 @@ def the_servers_files():
 
 @attempt
 def a_list_of_the_servers_folder():
-    own = {"machines"}  # the way to its own folder; nothing else of it is there
+    own = {KNOWN.get("way", "machines")}  # the way to its own folder; nothing else of it is there
     return [name for name in os.listdir(os.path.dirname(KNOWN["server_file"])) if name not in own] or None
 
 
@@ -139,9 +139,8 @@ def a_file_in_the_root():
 
 @attempt
 def above_the_root():
-    return [
-        name for name in os.listdir("/../../../..") if name not in {"usr", "etc", "lib", "lib64", "proc", "dev", "tmp"}
-    ] or None
+    own = {"usr", "etc", "lib", "lib64", "proc", "dev", "tmp", *KNOWN.get("roots", ())}
+    return [name for name in os.listdir("/../../../..") if name not in own] or None
 
 
 @attempt

@@ -73,13 +73,14 @@ class Internet:
 def internet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     number = os.getpid() % 250
-    name, block = f"ivmt{number}", (number % 16) * 16
-    public = [f"198.51.100.{block + one}" for one in (1, 2)]
+    name, block = f"ivmt{number}", ("198.51.100", "203.0.113")[number // 125]  # runs beside each other share none
+    public = [f"{block}.{number % 125 * 2 + one}" for one in (1, 2)]
     world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
     there = f"100.127.{number}.2"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-addext", "subjectAltName=DNS:good.test,DNS:evil.test"),
             *("-keyout", folder / "key.pem", "-out", folder / "cert.pem"),
         ],
         check=True,
@@ -100,7 +101,7 @@ def internet(tmp_path_factory):
         addresses = [world.a, world.b, world.private, METADATA]
         for address in addresses:
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
-            ip("route", "add", f"{address}/32", "via", there)
+            ip("route", "add", f"{address}/32", "via", there, "metric", str(number + 1))  # another run has that one too
         world.nft(
             "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
             f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"
@@ -148,3 +149,7 @@ class Live:
     @property
     def network(self):
         return self.node._live[self.vm_id].prepared.network
+
+    @property
+    def agent(self):
+        return self.node._live[self.vm_id].agent

@@ -3,12 +3,15 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import anyio
 import pytest
 
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node.network import space
+from instavm.node.network.policy import Policy
+from instavm.node.network.rules import TABLE, TCP_PORT, UDP_PORT
 from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
@@ -40,6 +43,17 @@ for mac in (b"\\x02\\0\\xc0\\0\\0\\1", b"\\xff" * 6, b"\\x02abcde"):
 print(tried)
 """
 
+PORTS = (("tcp", TCP_PORT), ("udp", UDP_PORT))
+DATAGRAM = (
+    "import socket; s = socket.socket(2, 2); s.settimeout(3); s.connect(({!r}, 9999)); s.send(b'x'); print(s.recv(9))"
+)
+SPOOFED = """
+import socket, struct
+there = {!r}
+packet = struct.pack("!BBHHHBBH4s4s", 69, 0, 29, 0, 0, 64, 17, 0, socket.inet_aton("SOURCE"), socket.inet_aton(there))
+socket.socket(2, 3, 255).sendto(packet + struct.pack("!HHHH", 4000, 9999, 9, 0) + b"y", (there, 0))
+"""
+
 
 async def test_nothing_leaves_under_the_default(sandbox, internet):
     """TCP, UDP, ICMP, DNS, NTP, raw packets and frames, to servers, the host, its own namespace and the metadata service."""
@@ -60,10 +74,11 @@ async def test_root_inside_changes_its_own_rules_only(sandbox, internet):
     """Rules, routes, addresses and MAC are the guest's to change; what leaves is not."""
     internet.names({"good.test": [internet.a]})
     before = internet.packets()
+    mac = (await sandbox.bash("cat /sys/class/net/eth0/address")).stdout.strip()
     await sandbox.bash("nft flush ruleset 2>/dev/null; ip route replace default via 192.0.0.1 src 192.0.0.2")
     for change, back in (
         ("ip addr add 10.9.9.9/8 dev eth0", "ip addr del 10.9.9.9/8 dev eth0"),
-        ("ip link set eth0 address 02:aa:aa:aa:aa:aa", "ip link set eth0 address 02:00:c0:00:00:02"),
+        ("ip link set eth0 address 02:aa:aa:aa:aa:aa", f"ip link set eth0 address {mac}"),
         ("ip route add 198.51.100.0/24 dev eth0", "ip route del 198.51.100.0/24 dev eth0"),
         ("ip neigh replace 192.0.0.1 lladdr 02:bb:bb:bb:bb:bb dev eth0", "ip neigh del 192.0.0.1 dev eth0"),
     ):
@@ -75,6 +90,30 @@ async def test_root_inside_changes_its_own_rules_only(sandbox, internet):
     assert (await sandbox.get("http://good.test/")).startswith("GET"), "it still has its network"
 
 
+async def test_the_report_has_a_hash_of_what_is_in_force(node, sandbox, start):
+    """The same for the same rules; another one when the policy changes, or when rules go behind our back."""
+
+    async def egress(one):
+        told = (await node.isolation(one.vm_id)).report
+        return told["egress"], [weakness for weakness in told["weaker"] if "egress" in weakness]
+
+    other = await start()
+    closed, weaker = await egress(sandbox)
+    assert await egress(other) == (closed, weaker) and len(closed["sha256"]) == 64 and weaker == []
+    assert closed["policy"]["domains"] == () and closed["kernel_rules"] > 5
+    await sandbox.allow(domains=("good.test",))
+    opened, _ = await egress(sandbox)
+    assert opened["policy"]["domains"] == ("good.test",) and opened["sha256"] != closed["sha256"]
+    await sandbox.get("http://evil.test/")
+    assert (await egress(sandbox))[0] == opened, "what is counted is no rule"
+    await sandbox.allow()
+    assert (await egress(sandbox))[0] == closed
+    await anyio.to_thread.run_sync(space.apply, other.network.space, "flush ruleset")
+    flushed, weaker = await egress(other)
+    assert flushed["sha256"] != closed["sha256"] and flushed["kernel_rules"] == 0
+    assert "only the filter decides" in weaker[0]
+
+
 async def test_flushed_rules_open_nothing(start, internet):
     internet.names({"good.test": [internet.a]})
     sandbox = await start(Egress(domains=("good.test",)))
@@ -82,6 +121,52 @@ async def test_flushed_rules_open_nothing(start, internet):
     for url in (f"http://{internet.a}/", "http://good.test/", f"http://{internet.a}:15001/", "http://192.0.0.1:15001/"):
         assert (await sandbox.get(url)).startswith("curl"), url
     assert not [line for line in internet.seen if not line.startswith("dns")]
+
+
+async def test_the_filter_alone_holds_a_policy(start, internet):
+    """Kernel rules that hand it everything open nothing: it looks at each connection and datagram itself."""
+    internet.names({"good.test": [internet.a]})
+    sandbox = await start(Egress(https=True, domains=("good.test",), cidrs=(f"{internet.private}/32",)))
+    everything = "\n".join(f"add rule {TABLE} allowed meta l4proto {p} tproxy ip to :{n} accept" for p, n in PORTS)
+    await anyio.to_thread.run_sync(space.apply, sandbox.network.space, everything)
+    for url in (
+        f"http://{internet.a}/",
+        f"https://{internet.a}/",
+        "http://good.test/",
+        "https://good.test:8080/",
+        f"http://{internet.metadata}/",
+        f"https://{internet.host}/",
+        "https://198.18.9.9/",
+    ):
+        assert (await sandbox.get(url)).startswith("curl"), url
+    for address in (internet.a, internet.metadata):
+        done = await sandbox.python(DATAGRAM.format(address))
+        assert done.exit_code == 1, done
+    assert not [line for line in internet.seen if not line.startswith("dns")]
+    assert (await sandbox.python(DATAGRAM.format(internet.private))).stdout == "b'echo x'\n"
+
+
+async def test_the_kernel_alone_holds_a_policy(node, start, internet):
+    """A filter that lets everything through gets nothing to let through."""
+    sandbox = await start(Egress(cidrs=(f"{internet.private}/32",)))
+    everything = Policy(Egress(http=True, https=True, cidrs=("0.0.0.0/0", f"{internet.private}/32")))
+    await node._networks.ask("put", sandbox.network.name, **node._networks.told(everything))
+    assert (await sandbox.get(f"http://{internet.a}/")).startswith("curl")
+    assert (await sandbox.python(DATAGRAM.format(internet.a))).exit_code == 1
+    spoofed = SPOOFED.format(internet.private)
+    assert (await sandbox.python(spoofed.replace("SOURCE", "10.9.9.9"))).exit_code == 0
+    assert (await sandbox.python(spoofed.replace("SOURCE", "192.0.0.1"))).exit_code == 0
+    assert (await sandbox.python(DATAGRAM.format(internet.private))).stdout == "b'echo x'\n"
+    assert internet.seen == [f"udp {internet.private} 9999"], "no datagram under an address that is not the guest's"
+
+
+async def test_the_filter_has_no_rights(node):
+    """It parses what hostile guests and servers send."""
+    status = Path(f"/proc/{node._networks.filter_pid}/status").read_text()
+    told = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert told["Uid"].split() == told["Gid"].split() == ["65534"] * 4 and told["Groups"].split() == []
+    assert {told[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {"0" * 16}
+    assert told["NoNewPrivs"] == "1"
 
 
 async def test_without_its_filter_nothing_passes_and_no_open_sandbox_is_made(node, start, internet):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from instavm.node.trust import Trust
 from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
@@ -95,3 +96,20 @@ print(c.getresponse().status)
     assert done.stdout == "100000\n100000\n100000\n200\n1000000\n200\n", done.stderr
     log = await sandbox.node.egress_log(sandbox.vm_id)
     assert log.bytes_sent > 300_000 and log.bytes_received > 1_000_000
+
+
+async def test_what_the_operator_trusts_is_trusted_inside(start, internet):
+    """As it is put into templates while they are made, for programs that bring certificates of their own as well."""
+    internet.names({"good.test": [internet.a], "other.test": [internet.a]})
+    sandbox = await start(Egress(domains=("good.test", "other.test")))
+
+    async def said(command):
+        return (await sandbox.bash(command)).stdout
+
+    assert await said("curl -s https://good.test/ || echo curl $?") == "curl 60\n"
+    variables = await Trust(internet.folder / "cert.pem").install(sandbox.agent)
+    assert await said("curl -s https://good.test/") == f"GET / at {internet.a}:443 0\n"
+    assert "curl 60" in await said("curl -s https://other.test/ || echo curl $?")
+    named = " ".join(f"{name}={value}" for name, value in variables.items())
+    asked = "node -e \"require('https').get('https://good.test/', (r) => console.log(r.statusCode))\""
+    assert await said(f"{named} {asked}") == "200\n"

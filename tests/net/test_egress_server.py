@@ -1,63 +1,25 @@
 """Egress through the whole of it: server, SDK and command line; and after the server was killed."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
+import httpx
 import pytest
+from servers import tidy
 
 from instavm import InstaVM
 from instavm.errors import InvalidInput, SessionError
-from instavm.node import inventory
 
-PROGRAM = Path(sys.executable).with_name("instavm")
-NOTHING = inventory.Inventory(frozenset(), frozenset())
 CURL = "curl -sk -m 20 {} || echo curl $?"
 
 
-class Server:
-    def __init__(self, settings, folder, internet):
-        self.state = folder
-        chosen = {"STATE_DIR": folder, "RUNTIME_DIR": folder, "CACHE_DIR": settings.cache_dir, "SPARE_MACHINES": 0}
-        chosen |= {"EGRESS_DNS": json.dumps([internet.a]), "ACCELERATION": "tcg", "ON_SHUTDOWN": "stop"}
-        self.env = {**os.environ, **{f"INSTAVM_{name}": str(value) for name, value in chosen.items()}}
-        self.key = self.run("key", "create", "net")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-
-    def run(self, *arguments):
-        done = subprocess.run([PROGRAM, *arguments], env=self.env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [PROGRAM, "serve", "--port", str(self.port)], env=self.env, stdout=subprocess.PIPE, text=True
-        )
-        words = self.process.stdout.readline().split()
-        self.url = next(word for word in words if word.startswith("http"))
-        self.env |= {"INSTAVM_BASE_URL": self.url, "INSTAVM_API_KEY": self.key}
-
-    def end(self, signum=signal.SIGTERM):
-        self.process.send_signal(signum)
-        self.process.wait(60)
-        self.process.stdout.close()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(settings, short_folder, internet):
-    folder = Path(tempfile.mkdtemp(dir=short_folder))
-    server = Server(settings, folder, internet)
-    server.start()
-    yield server
-    server.end()
-    assert inventory.take(folder) == NOTHING
+    """It listens on every address of its host."""
+    own = {"EGRESS_DNS": json.dumps([internet.a]), "ACCELERATION": "tcg", "SPARE_MACHINES": 0}
+    with tidy(settings, short_folder, host="0.0.0.0", **own) as servers:
+        servers.start()
+        yield servers
 
 
 def bash(vm, command):
@@ -75,7 +37,8 @@ def test_a_policy_from_before_the_sandbox_to_after_a_killed_server(server, inter
         told = vm.get_session_egress()
         assert told["allowed_domains"] == ["good.test"] and told["status"] == "applied"
         assert not told["allow_public_repos"] and not told["allow_http"]
-        control = f"http://{internet.host}:{server.url.rpartition(':')[2]}/health"
+        control = f"http://{internet.host}:{server.port}/health"
+        assert httpx.get(control).status_code == 200, "the host itself reaches it there"
         vm_id = vm.get_session_info()["vm_id"]
         vm.egress.set_vm(
             vm_id,
@@ -87,6 +50,7 @@ def test_a_policy_from_before_the_sandbox_to_after_a_killed_server(server, inter
         )
         assert vm.get_session_egress()["allowed_domains"] == ["late.test"], "the last write holds"
         assert bash(vm, CURL.format(control)).startswith("curl"), "the control plane is out of reach whatever is named"
+        assert any(one["rule"] == "control_plane" for one in vm.egress.log()["entries"])
         server.end(signal.SIGKILL)
         server.start()
         assert bash(vm, CURL.format("http://late.test/")) == f"GET / at {internet.b}:80 0"
@@ -100,6 +64,8 @@ def test_a_policy_from_before_the_sandbox_to_after_a_killed_server(server, inter
         server.run(*suggested.split()[1:])
         assert bash(vm, CURL.format("http://good.test/")) == f"GET / at {internet.a}:80 0"
         assert "allow_http: true" in server.run("egress", "get", "--vm", vm_id)
+    log = server.run("egress", "log", "--vm", vm_id)
+    assert "refused good.test dns/53" in log and "allowed good.test tcp/80" in log, "it is told after the end as well"
 
 
 def test_what_cannot_be_meant_is_refused_by_name(server):

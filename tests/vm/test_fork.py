@@ -26,7 +26,7 @@ print(json.dumps({
     "secrets": secrets.token_hex(16), "hello": hello(), "ssl": ssl.RAND_bytes(16).hex(),
     "key": subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519"], capture_output=True, text=True).stdout,
     "hostname": socket.gethostname(), "machine_id": open("/etc/machine-id").read(),
-    "boot_id": open("/proc/sys/kernel/random/boot_id").read(),
+    "boot_id": open("/proc/sys/kernel/random/boot_id").read(), "mac": open("/sys/class/net/eth0/address").read(),
 }))
 """
 

@@ -1,7 +1,7 @@
 """The node's process: starts the one that control lives in, serves it a node, and ends with it.
 
-It is the process that people start and signal. Signals go on to control, which knows what shall become of the sandboxes; when
-control dies on its own they stay, for the next server to adopt.
+It is the process that people start and signal. Control is told over the border, since it knows what shall become of the
+sandboxes; when control dies on its own they stay, for the next server to adopt.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
 import anyio
-import anyio.abc
 
+from instavm.border.confined import Confinement
 from instavm.border.service import serve
 from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
+from instavm.node.jail import bubblewrap
 
 log = logging.getLogger(__name__)
 
 END_S: Final = 60.0
 """How long control may take to end once it has let go of the node."""
+
+_HINT: Final = f"see the log; as root it runs under a uid of its own, which must be able to read {sys.prefix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,7 @@ class Control:
     passes: dict[str, int]
     refusal: Callable[[bytes], InstaVMError]
     """What control says on --ready-fd when it cannot start; b"ready\\n" when it can."""
+    confinement: Confinement | None = None
 
 
 class ControlProcess:
@@ -47,12 +52,7 @@ class ControlProcess:
         passes = {"link": theirs.fileno(), "ready": ready, **control.passes}
         options = [option for name, fd in passes.items() for option in (f"--{name}-fd", str(fd))]
         try:
-            self._process = subprocess.Popen(
-                [*control.command, *options],
-                stdin=subprocess.DEVNULL,
-                pass_fds=list(passes.values()),
-                start_new_session=True,
-            )
+            self._start([*control.command, *options], tuple(passes.values()), control.confinement)
         except BaseException:
             self.link.close()
             os.close(self._words)
@@ -60,7 +60,25 @@ class ControlProcess:
         finally:
             theirs.close()
             os.close(ready)
-        self._pidfd = os.pidfd_open(self._process.pid)
+
+    def _start(self, command: Sequence[str], descriptors: tuple[int, ...], confinement: Confinement | None) -> None:
+        if confinement is None:
+            self._process = _spawn(command, descriptors)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            return
+        with confinement.around(command) as started:
+            self._process = _spawn(started.command, (*descriptors, *started.descriptors))
+        with os.fdopen(started.says, "rb") as says:
+            said = says.read()
+        if not said:
+            self._process.wait()
+            raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail for the API")
+        pid = bubblewrap.pid_in(said)
+        try:
+            self._pidfd = os.pidfd_open(pid)
+            confinement.limit(pid)
+        except ProcessLookupError as exc:
+            raise HostNotReady(f"the API's process ended before it began: {_HINT}") from exc
 
     async def ready(self) -> None:
         """Wait until it answers calls. Raises what kept it from it."""
@@ -69,14 +87,14 @@ class ControlProcess:
             await anyio.wait_readable(self._words)
             piece = os.read(self._words, 1 << 16)
             if not piece:
-                raise self._refusal(said) if said else HostNotReady("the API's process ended before it was ready")
+                raise (
+                    self._refusal(said)
+                    if said
+                    else HostNotReady(f"the API's process ended before it was ready: {_HINT}")
+                )
             said += piece
         if said != b"ready\n":
             raise self._refusal(said)
-
-    def signal(self, number: int) -> None:
-        if self._process.poll() is None:
-            signal.pidfd_send_signal(self._pidfd, number)
 
     async def end(self) -> int:
         """Its exit status. It is killed when it takes too long."""
@@ -85,7 +103,8 @@ class ControlProcess:
                 await anyio.wait_readable(self._pidfd)
             if patience.cancelled_caught:
                 log.error("the API's process does not end; it is killed")
-                self.signal(signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         return self._process.wait()
 
     def close(self) -> None:
@@ -119,11 +138,11 @@ async def host(
         started_up()
         async with opened as node:
             try:
-                async with anyio.create_task_group() as tasks:
-                    await tasks.start(_forward_signals, process)
-                    tasks.start_soon(_tell_when_ready, process, ready)
-                    await serve(node, process.link)
-                    tasks.cancel_scope.cancel()
+                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                    async with anyio.create_task_group() as tasks:
+                        tasks.start_soon(_tell_when_ready, process, ready)
+                        await serve(node, process.link, signals)
+                        tasks.cancel_scope.cancel()
             finally:
                 await node.leave()  # control has ended what shall end; if it died, nothing shall
                 process.link.close()
@@ -136,10 +155,5 @@ async def _tell_when_ready(process: ControlProcess, ready: Callable[[], None]) -
     ready()
 
 
-async def _forward_signals(
-    process: ControlProcess, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            process.signal(number)
+def _spawn(command: Sequence[str], descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     TOLD = 7  # [parameter, arguments]: a callback's
     ITEM = 8  # bytes of the stream that is the result
     ENDED = 9  # no call's: a sandbox ended by itself
+    SIGNAL = 10  # no call's, node to control: the server was asked to end
 
 
 class Link(asyncio.Protocol):

@@ -55,6 +55,7 @@ class RemoteNode:
         self._numbers = itertools.count(1)
         self._asked: dict[int, Asked] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
+        self.on_signal: Callable[[int], None] = lambda number: None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = METHODS.get(name)
@@ -76,6 +77,9 @@ class RemoteNode:
         """Raises ValueError, TypeError: it is no message that a node sends."""
         if kind is Kind.ENDED:
             self._on_end(loaded(ENDED, body))
+            return
+        if kind is Kind.SIGNAL:
+            self.on_signal(int(body))
             return
         asked = self._asked.get(number)
         if asked is None:
@@ -162,9 +166,15 @@ class RemoteNode:
 
 
 @asynccontextmanager
-async def connected(end: socket.socket, lost: Callable[[], None] = lambda: None) -> AsyncIterator[Node]:
-    """The node at the other end, for as long as the block lasts. `lost` is called when it goes before that."""
+async def connected(
+    end: socket.socket, lost: Callable[[], None] = lambda: None, on_signal: Callable[[int], None] = lambda number: None
+) -> AsyncIterator[Node]:
+    """The node at the other end, for as long as the block lasts. `lost` is called when it goes before that.
+
+    on_signal: called with each signal by which the server was asked to end.
+    """
     remote = RemoteNode()
+    remote.on_signal = on_signal
     remote.link = await linked(end, remote.take)
 
     async def watch() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -20,17 +20,27 @@ from instavm.errors import InstaVMError, NetworkError
 log = logging.getLogger(__name__)
 
 
-async def serve(node: Node, end: socket.socket) -> None:
-    """Serve `node` until control is gone. Its sandboxes stay as they are: control has ended those that shall end."""
+async def serve(node: Node, end: socket.socket, signals: AsyncIterator[int] | None = None) -> None:
+    """Serve `node` until control is gone. Its sandboxes stay as they are: control has ended those that shall end.
+
+    signals: that ask the server to end; control is told, and decides.
+    """
     async with anyio.create_task_group() as tasks:
         service = Service(node, tasks)
         service.link = link = await linked(end, service.take)
         node.on_end(lambda ended: link.send(Kind.ENDED, 0, dumped(ENDED, ended)))
+        if signals is not None:
+            tasks.start_soon(_pass_on, signals, link)
         try:
             await link.closed.wait()
             tasks.cancel_scope.cancel()
         finally:
             link.close()
+
+
+async def _pass_on(signals: AsyncIterator[int], link: Link) -> None:
+    async for number in signals:
+        link.send(Kind.SIGNAL, 0, int(number))
 
 
 class Call:

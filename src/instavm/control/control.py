@@ -61,7 +61,7 @@ async def open_control(
     What an earlier server left is adopted or ended before this returns.
     """
     async with anyio.create_task_group() as tasks:
-        vms = Vms(node, store.sessions, tasks)
+        vms = Vms(node, store, tasks)
         policy = policy or Policy()
         quotas = Quotas(policy, vms, node.memory)
         sessions = Sessions(store, vms, quotas, node, policy.egress)

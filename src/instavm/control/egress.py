@@ -5,8 +5,12 @@ The last one to be set holds for a sandbox. What is answered is in force: it is 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.database import Store
+from instavm.control.store.sessions import VmRow
 from instavm.control.vms import Vm, Vms
 from instavm.errors import SessionEnded, SessionError
 from instavm.sandbox import Egress, EgressLog
@@ -46,13 +50,28 @@ class Egresses:
         vm = self._live(session, vm_id)
         return vm.egress, vm.started is not None
 
+    async def of_vms(self, rows: Sequence[VmRow]) -> dict[str, tuple[Egress, bool]]:
+        """The same of sandboxes that have not ended, by id. One at rest has it when it goes on."""
+        known = {row.id: vm for row in rows if (vm := self._vms.get(row.id)) is not None and vm.usable}
+        resting = {row.id: row for row in rows if row.why is None and row.id not in known}
+        kept = await self._store.egress.of([*resting, *(row.session_id for row in resting.values())]) if resting else {}
+        default = self._sessions.default_egress
+        return {
+            **{vm_id: (vm.egress, vm.started is not None) for vm_id, vm in known.items()},
+            **{vm_id: (kept.get(vm_id, kept.get(row.session_id, default)), False) for vm_id, row in resting.items()},
+        }
+
     async def log(self, session: Session, vm_id: str | None = None) -> tuple[str, EgressLog]:
-        """The sandbox that it is about, and the log, which lives as long as that. Raises: SessionError, SessionEnded."""
-        if vm_id is None and (session.vm is None or not session.vm.usable):
-            raise SessionError(f"session {session.id} has no sandbox; the log of one goes with it")
-        vm = session.vm if vm_id is None else self._live(session, vm_id)
-        assert vm is not None, "it was just looked at"
-        return vm.id, await self._vms.egress_log(vm)
+        """The sandbox that it is about, and its log, also when it has ended. Raises: SessionError (there was none yet)."""
+        latest = session.latest()
+        if latest is None:
+            raise SessionError(f"session {session.id} has had no sandbox yet")
+        vm, vm_id = session.vm, vm_id or latest.id
+        if vm is not None and vm.usable and vm.id == vm_id:
+            with contextlib.suppress(SessionEnded):  # just now: then it is kept
+                return vm_id, await self._vms.egress_log(vm)
+            await vm.gone.wait()
+        return vm_id, await self._store.egress.log_of(vm_id)
 
     def _live(self, session: Session, vm_id: str) -> Vm:
         vm = session.vm

@@ -49,6 +49,11 @@ class Listener:
     """Descriptor of the lock that clients start servers under; taken before an idle server ends."""
     traffic: Traffic = field(default_factory=Traffic)
 
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """The TCP port that it is reached on, if it is."""
+        return () if self.socket.family == socket.AF_UNIX else (self.socket.getsockname()[1],)
+
     def options(self) -> list[str]:
         """What a process that inherits it has to be told."""
         flags = {"--private": self.private, "--ends-when-idle": self.ends_when_idle}

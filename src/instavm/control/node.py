@@ -110,7 +110,7 @@ class Node(Protocol):
         ...
 
     async def egress_log(self, vm_id: str) -> EgressLog:
-        """Where it went and what was refused, bounded. Raises: SessionEnded."""
+        """Where it went and what was refused, bounded; once more after it has ended. Raises: SessionEnded."""
         ...
 
     async def suspend(self, vm_id: str) -> Stored:
@@ -168,7 +168,10 @@ class Node(Protocol):
         ...
 
     async def isolation(self, vm_id: str) -> Isolation:
-        """What confines this sandbox now, read from the running system and signed. Raises: SessionEnded."""
+        """What confines this sandbox now, read from the running system and signed.
+
+        Raises: SessionEnded, HostNotReady (a part of it does not answer).
+        """
         ...
 
     def memory(self) -> HostMemory:

@@ -8,12 +8,13 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from types import FrameType
 from typing import Final
 
 import anyio
+import anyio.abc
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -35,8 +36,32 @@ KEEP_ALIVE_EMBEDDED_S: Final = 10**9
 """An open connection is how the embedded server knows that a client is there, so it never closes one."""
 
 
+class Ends:
+    """Requests to end the server: what its node passes on; and a signal of its own, of which only the first counts."""
+
+    def __init__(self) -> None:
+        self._tell, self._told = anyio.create_memory_object_stream[int](16)
+
+    def asked(self, number: int) -> None:
+        with contextlib.suppress(anyio.WouldBlock):  # it has been told often enough
+            self._tell.send_nowait(number)
+
+    async def listen(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            self.asked(await anext(aiter(signals)))
+            await anyio.sleep_forever()
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return aiter(self._told)
+
+
 async def serve_control(
-    settings: Settings, listener: Listener, opened: AbstractAsyncContextManager[Node], ready: Callable[[], None]
+    settings: Settings,
+    listener: Listener,
+    opened: AbstractAsyncContextManager[Node],
+    ready: Callable[[], None],
+    ends: Ends,
 ) -> None:
     """Control's half of `serve`: everything that reads what clients send."""
     async with opened as node, open_store(settings.database) as store:
@@ -45,7 +70,8 @@ async def serve_control(
         server = Server(http_config(app, listener), ready)
         async with anyio.create_task_group() as tasks:
             leaves = settings.on_shutdown == "leave" and not listener.ends_when_idle
-            await tasks.start(_until_signal, server, app, listener, leaves)
+            await tasks.start(ends.listen)
+            tasks.start_soon(_until_asked, ends, server, app, listener, leaves)
             if listener.ends_when_idle:
                 tasks.start_soon(_until_idle, settings, server, app, listener)
             await server.serve(sockets=[listener.socket])
@@ -106,27 +132,18 @@ def http_config(app: FastAPI, listener: Listener) -> uvicorn.Config:
     )
 
 
-async def _until_signal(
-    server: Server,
-    app: FastAPI,
-    listener: Listener,
-    leaves: bool,
-    *,
-    task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED,
-) -> None:
-    """The first signal ends the sandboxes (or leaves them), and so every call that waits for one; a second ends at once."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            if server.should_exit:
-                server.force_exit = True
-                return
-            server.should_exit = True
-            _take_no_more(server, listener)
-            if server.started:
-                control = control_of(app)
-                await (control.leave() if leaves else control.stop())
+async def _until_asked(ends: Ends, server: Server, app: FastAPI, listener: Listener, leaves: bool) -> None:
+    """The first request ends the sandboxes (or leaves them), and so every call that waits for one; a second ends at once."""
+    async for number in ends:
+        log.info("%s: stopping", signal.Signals(number).name)
+        if server.should_exit:
+            server.force_exit = True
+            return
+        server.should_exit = True
+        _take_no_more(server, listener)
+        if server.started:
+            control = control_of(app)
+            await (control.leave() if leaves else control.stop())
 
 
 def _take_no_more(server: Server, listener: Listener) -> None:

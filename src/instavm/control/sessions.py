@@ -101,7 +101,7 @@ class Sessions:
         self._rows = store.sessions
         self._vms = vms
         self._quotas = quotas
-        self._default_egress = default_egress
+        self.default_egress = default_egress
         self._forget = node.forget
         self._stored = node.stored
         self._known: dict[str, Session] = {}
@@ -224,13 +224,15 @@ class Sessions:
         """What its sandbox may reach, or its next one when it has none."""
         if session.vm is not None and session.vm.usable:
             return session.vm.egress
-        return self._default_egress if session.egress is None else session.egress
+        return self.default_egress if session.egress is None else session.egress
 
     def keep_egress(self, session: Session, egress: Egress) -> int:
         """What its next sandboxes may reach, and one at rest. Returns: the journal's mark."""
         session.egress, session.resting_egress = egress, None
         if session.vm is not None and session.vm.at_rest:
             session.vm.egress = egress
+        if (rest := session.at_rest()) is not None:
+            self._store.egress.put(rest.id, egress)
         return self._store.egress.put(session.id, egress)
 
     async def resting(self, session_id: str) -> Session | None:
@@ -320,7 +322,7 @@ class Sessions:
             self._rows.add(one.row)
             self._remember(one)
         for one, vm in zip(
-            children, self._vms.fork(parent, [(one, both) for one in rows], self._default_egress), strict=True
+            children, self._vms.fork(parent, [(one, both) for one in rows], self.default_egress), strict=True
         ):
             one.vm = vm
         try:

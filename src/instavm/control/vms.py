@@ -5,6 +5,7 @@ Times that decide something are the event loop's monotonic clock; the wall clock
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,8 @@ from instavm.control.copies import Birth, Copies, Rest
 from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
 from instavm.control.node import Node
-from instavm.control.store.sessions import SessionRow, SessionRows, VmRow
+from instavm.control.store.database import Store
+from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InstaVMError, IsolationTooWeak, OutcomeUnknown, ServerStopping, SessionEnded
 from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, Isolation, SandboxSpec, Started, Tier
 
@@ -139,9 +141,10 @@ class Vm:
 class Vms:
     """Starts and ends sandboxes on the node and records every step. Owns one task per sandbox."""
 
-    def __init__(self, node: Node, rows: SessionRows, tasks: TaskGroup) -> None:
+    def __init__(self, node: Node, store: Store, tasks: TaskGroup) -> None:
         self._node = node
-        self._rows = rows
+        self._rows = store.sessions
+        self._logs = store.egress
         self._tasks = tasks
         self._live: dict[str, Vm] = {}
         self._stopping = False
@@ -326,6 +329,7 @@ class Vms:
             rest.error = BootFailed(f"{vm.id} could not be put to rest: internal error")
         vm.rest, vm.asked_rest = None, False
         if rest.error is None:
+            await self._keep_egress_log(vm)
             vm.up_until = time.monotonic()
             self._move(vm, State.SUSPENDED)
         else:
@@ -373,6 +377,7 @@ class Vms:
         try:
             with anyio.fail_after(STOP_S):
                 await self._node.stop(vm.id)
+                await self._keep_egress_log(vm)
         except Exception:
             log.exception("%s could not be removed cleanly", vm.id)
         finally:
@@ -384,6 +389,11 @@ class Vms:
             vm.gone.set()
             for scope in vm.running:
                 scope.cancel()
+
+    async def _keep_egress_log(self, vm: Vm) -> None:
+        """Of one that has ended: its node gives it out once more."""
+        with contextlib.suppress(SessionEnded):  # it never had a network
+            self._logs.keep_log(vm.id, await self._node.egress_log(vm.id))
 
     def _move(self, vm: Vm, new: State, why: EndReason | None = None, detail: str | None = None) -> None:
         was = vm.lifecycle.state

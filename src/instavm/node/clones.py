@@ -27,6 +27,7 @@ PROBES: Mapping[str, Probe] = {
     "bash's $RANDOM": Probe("bash", "echo $RANDOM$RANDOM$RANDOM"),
     "boot id": Probe("bash", "cat /proc/sys/kernel/random/boot_id"),
     "machine id": Probe("bash", "cat /etc/machine-id"),
+    "MAC": Probe("bash", "cat /sys/class/net/eth0/address 2>/dev/null"),
     "hostname": Probe("bash", "hostname; cat /etc/hostname"),
     "a key of OpenSSL": Probe(
         "bash", "command -v openssl >/dev/null && openssl ecparam -name prime256v1 -genkey -noout"

@@ -52,7 +52,9 @@ def _qemu() -> Check:
 
 def _jail(settings: Settings) -> Check:
     if settings.jail == "off":
-        return Check("jail", False, "INSTAVM_JAIL=off: VMMs run unconfined, as the server", "unset INSTAVM_JAIL")
+        return Check(
+            "jail", False, "INSTAVM_JAIL=off: VMMs and the API run unconfined, as the server", "unset INSTAVM_JAIL"
+        )
     try:
         return Check("jail", True, jail.check(settings))
     except InstaVMError as exc:

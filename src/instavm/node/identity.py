@@ -16,5 +16,6 @@ def fresh(hostname: str, env: Mapping[str, str]) -> dict[str, object]:
         "hostname": hostname,
         "machine_id": secrets.token_hex(16),
         "boot_id": str(uuid.uuid4()),
+        "mac": (b"\x02" + secrets.token_bytes(5)).hex(),  # locally administered, of one machine
         "env": dict(env),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from instavm.errors import HostNotReady, SessionEnded
 from instavm.node.jail.bubblewrap import NAMESPACES
 from instavm.node.jail.cgroups import CONTROLLERS, Cgroups
+from instavm.node.network.guard import InForce
 from instavm.sandbox import Isolation, NodeInfo, Tier
 from instavm.wire.isolation import signed_bytes
 
@@ -79,8 +81,16 @@ def _make(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def report(vm_id: str, machine: str, pid: int, info: NodeInfo, jail: str, cgroups: Cgroups | None) -> dict[str, Any]:
-    """What confines process `pid`, which runs `machine`. Raises SessionEnded: it is gone."""
+def report(
+    vm_id: str,
+    machine: str,
+    pid: int,
+    info: NodeInfo,
+    jail: str,
+    cgroups: Cgroups | None,
+    egress: InForce | None,
+) -> dict[str, Any]:
+    """What confines process `pid`, which runs `machine`. egress: None: it has no network. Raises SessionEnded: it is gone."""
     try:
         process = _process(pid)
         groups = {} if cgroups is None else _groups(cgroups, machine, pid)
@@ -97,7 +107,7 @@ def report(vm_id: str, machine: str, pid: int, info: NodeInfo, jail: str, cgroup
         "jail": jail,
         "process": process,
         "limits": groups,
-        "egress": None,
+        "egress": None if egress is None else asdict(egress),
     }
     return {**told, "weaker": list(_weaker(told))}
 
@@ -176,6 +186,8 @@ def _weaker(told: Mapping[str, Any]) -> Iterator[str]:
     shared = [name for name in NAMESPACES if not process["namespaces"][name]["own"]]
     if shared:
         yield f"the VMM shares namespaces with its host: {', '.join(shared)}"
+    if told["egress"] is not None and not told["egress"]["kernel_rules"]:
+        yield "the kernel's egress rules were removed: only the filter decides what this sandbox reaches"
     missing = [name for name in CONTROLLERS if name not in told["limits"].get("at", {})]
     if missing:
         yield f"no control group limits of: {', '.join(missing)}"

@@ -7,8 +7,9 @@ import hashlib
 import logging
 import os
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import anyio
@@ -67,6 +68,10 @@ from instavm.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LAST_LOG_S = 2.0
+LAST_LOGS = 128
+"""Egress logs of ended sandboxes that nobody has asked for yet; control asks as soon as one has ended."""
+
 
 class Runtime:
     def __init__(
@@ -100,16 +105,19 @@ class Runtime:
         self._leaving = False
         self.last_pause_ms = 0.0
         """How long the source of the latest fork stood still."""
+        self._egress_logs: OrderedDict[str, EgressLog] = OrderedDict()
+        """Of sandboxes that have ended, until they are asked for."""
         self._found: dict[str, Image] = {}
         self._pulling: dict[str, anyio.Lock] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings) -> AsyncIterator[Runtime]:
+    async def open(cls, settings: Settings, closed_ports: Sequence[int] = ()) -> AsyncIterator[Runtime]:
         """A node on this host. Sandboxes of an earlier server that still live are adopted, whatever else it left is removed.
 
         Every sandbox ends with the block, unless `leave` was called.
+        closed_ports: TCP ports of this host that no policy opens: the control plane's.
         Raises HostNotReady (QEMU or an image is missing, the state directory is in use).
         """
         with ExitStack() as undo:
@@ -119,7 +127,7 @@ class Runtime:
             undo.callback(driver.close)
             images = ImageStore(settings.cache_dir, settings.disk_gib)
             guest = await anyio.to_thread.run_sync(images.ensure_guest)
-            networks, layers = Networks(settings), Layers(settings)
+            networks, layers = Networks(settings, closed_ports), Layers(settings)
             machines = Machines(
                 settings.state_dir,
                 driver,
@@ -153,10 +161,9 @@ class Runtime:
     async def isolation(self, vm_id: str) -> Isolation:
         machine = self._usable(vm_id).prepared
         info = await self.info()
-        jail = self._settings.jail
-        told = await anyio.to_thread.run_sync(
-            isolation.report, vm_id, machine.home.name, machine.machine.pid, info, jail, self._jails.cgroups
-        )
+        egress = None if machine.network is None else await machine.network.in_force()
+        about = (vm_id, machine.home.name, machine.machine.pid, info, self._settings.jail, self._jails.cgroups, egress)
+        told = await anyio.to_thread.run_sync(isolation.report, *about)
         return self._signer.sign(told)
 
     async def start(self, spec: SandboxSpec) -> Started:
@@ -325,8 +332,19 @@ class Runtime:
         await self._open(self._usable(vm_id).prepared, egress)
 
     async def egress_log(self, vm_id: str) -> EgressLog:
+        if (last := self._egress_logs.pop(vm_id, None)) is not None:
+            return last
         network = self._usable(vm_id).prepared.network
         return EgressLog() if network is None else await network.log()
+
+    async def _keep_egress_log(self, sandbox: Sandbox) -> None:
+        """Before its network goes. A filter that does not answer keeps nobody from ending."""
+        if sandbox.prepared.network is None:
+            return
+        with suppress(HostNotReady), anyio.move_on_after(LAST_LOG_S, shield=True):
+            self._egress_logs[sandbox.vm_id] = await sandbox.prepared.network.log()
+            if len(self._egress_logs) > LAST_LOGS:
+                self._egress_logs.popitem(last=False)
 
     async def _open(self, prepared: Prepared, egress: Egress) -> None:
         """Raises HostNotReady."""
@@ -438,6 +456,7 @@ class Runtime:
             if self._leaving and sandbox.why is None and not sandbox.at_rest:
                 await sandbox.prepared.detach()
             else:
+                await self._keep_egress_log(sandbox)
                 await sandbox.prepared.aclose()
             del self._live[sandbox.vm_id]
             sandbox.gone.set()

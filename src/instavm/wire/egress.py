@@ -104,7 +104,7 @@ class EgressPolicy(Wire):
     status: str
 
     @classmethod
-    def of(cls, egress: Egress, status: str) -> EgressPolicy:
+    def of(cls, egress: Egress, applied: bool) -> EgressPolicy:
         return cls(
             allow_package_managers=egress.packages,
             allow_public_repos=egress.packages,
@@ -112,7 +112,7 @@ class EgressPolicy(Wire):
             allow_https=egress.https,
             allowed_domains=list(egress.domains),
             allowed_cidrs=list(egress.cidrs),
-            status=status,
+            status="applied" if applied else "pending",
         )
 
 
@@ -135,7 +135,10 @@ class EgressEntry(Wire):
 
 
 class EgressLog(Wire):
-    """Since the sandbox has its network, or its server was last started; bytes are those of allowed connections."""
+    """Since the sandbox has its network, or its server was last started; bytes are those of allowed connections.
+
+    Of one that has ended: what it was at its end.
+    """
 
     vm_id: str
     entries: list[EgressEntry]

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from instavm import limits
 from instavm.sandbox import Tier
 from instavm.wire.base import Timestamp, Wire
-from instavm.wire.egress import SetEgress
+from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env
 
 
@@ -84,6 +84,7 @@ class Session(Wire):
     memory_mb: int
     metadata: dict[str, Any]
     env_keys: list[str] = Field(default_factory=list)
+    egress_policy: EgressPolicy
     start: Start | None = None
 
 

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from instavm import limits
 from instavm.errors import UnsupportedOperationError
 from instavm.wire.base import Timestamp, Wire
-from instavm.wire.egress import SetEgress
+from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
 
@@ -91,6 +91,8 @@ class Vm(Wire):
     memory_mb: int
     metadata: dict[str, Any]
     env_keys: list[str]
+    egress_policy: EgressPolicy | None = None
+    """None once it has ended."""
     snapshot_id: str | None = None
     snapshot_on_terminate: bool = False
     snapshot_name: str | None = None

@@ -16,43 +16,39 @@ async def set_session(session_id: str, ask: wire.SetEgress, caller: Caller, here
     """In force when it is answered; with no sandbox yet, from the first moment of the next one."""
     session = await here.sessions.get(caller, session_id)
     applied = await here.egress.set_session(session, ask.egress())
-    return wire.EgressPolicy.of(ask.egress(), _status(applied))
+    return wire.EgressPolicy.of(ask.egress(), applied)
 
 
 @router.get("/v1/egress/session/{session_id}")
 async def get_session(session_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
     egress, up = here.egress.of_session(await here.sessions.get(caller, session_id))
-    return wire.EgressPolicy.of(egress, _status(up))
+    return wire.EgressPolicy.of(egress, up)
 
 
 @router.post("/v1/egress/vm/{vm_id}")
 async def set_vm(vm_id: str, ask: wire.SetEgress, caller: Caller, here: Here) -> wire.EgressPolicy:
     session, vm = await here.sessions.of_vm(caller, vm_id)
     await here.egress.set_vm(session, vm.id, ask.egress())
-    return wire.EgressPolicy.of(ask.egress(), _status(True))
+    return wire.EgressPolicy.of(ask.egress(), True)
 
 
 @router.get("/v1/egress/vm/{vm_id}")
 async def get_vm(vm_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
     session, vm = await here.sessions.of_vm(caller, vm_id)
     egress, up = here.egress.of_vm(session, vm.id)
-    return wire.EgressPolicy.of(egress, _status(up))
+    return wire.EgressPolicy.of(egress, up)
 
 
 @router.get("/v1/egress/session/{session_id}/log")
 async def session_log(session_id: str, caller: Caller, here: Here) -> wire.EgressLog:
-    """Where its sandbox went, or tried to: at most some hundred destinations, with counts."""
+    """Where its latest sandbox went, or tried to: at most some hundred destinations, with counts; also once that has ended."""
     return _log(*await here.egress.log(await here.sessions.get(caller, session_id)))
 
 
 @router.get("/v1/egress/vm/{vm_id}/log")
 async def vm_log(vm_id: str, caller: Caller, here: Here) -> wire.EgressLog:
-    session, vm = await here.sessions.of_vm(caller, vm_id)
-    return _log(*await here.egress.log(session, vm.id))
-
-
-def _status(applied: bool) -> str:
-    return "applied" if applied else "pending"
+    session, _ = await here.sessions.of_vm(caller, vm_id)
+    return _log(*await here.egress.log(session, vm_id))
 
 
 def _log(vm_id: str, log: EgressLog) -> wire.EgressLog:

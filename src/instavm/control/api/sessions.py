@@ -17,6 +17,7 @@ from instavm.control.store.sessions import VmRow
 from instavm.errors import BadRequest, InvalidInput, SessionError
 from instavm.sandbox import Started
 from instavm.wire import sessions as wire
+from instavm.wire.egress import EgressPolicy
 
 router = APIRouter()
 
@@ -24,14 +25,14 @@ router = APIRouter()
 @router.post("/v1/sessions/session", response_model=wire.Session)
 async def create(ask: wire.CreateSession, caller: Caller, here: Here, once: OnlyOnce) -> Response:
     async def make(target: str | None) -> wire.Session:
-        return record(await here.sessions.create(caller, ask, target))
+        return _record(here, await here.sessions.create(caller, ask, target))
 
     return await once.create(make)
 
 
 @router.get("/v1/sessions/session/{session_id}")
 async def get(session_id: str, caller: Caller, here: Here) -> wire.Session:
-    return record(await here.sessions.get(caller, session_id))
+    return _record(here, await here.sessions.get(caller, session_id))
 
 
 @router.get("/v1/sessions/status/{session_id}")
@@ -112,7 +113,7 @@ async def kill(ask: wire.Kill, caller: Caller, here: Here) -> wire.Killed:
     return wire.Killed(vm_id=await here.sessions.kill(session), session_id=session_id)
 
 
-def record(session: Session) -> wire.Session:
+def _record(here: Here, session: Session) -> wire.Session:
     """A session's record: the words of its latest sandbox, or `killed` once it is closed."""
     row, vm = session.row, session.latest()
     return wire.Session(
@@ -127,6 +128,7 @@ def record(session: Session) -> wire.Session:
         memory_mb=row.memory_mib,
         metadata=dict(row.metadata),
         env_keys=list(row.env_keys),
+        egress_policy=EgressPolicy.of(*here.egress.of_session(session)),
         start=None if vm is None or vm.start is None else start(vm.start),
     )
 

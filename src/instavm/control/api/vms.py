@@ -1,6 +1,7 @@
 """Routes of VMs: the same sandboxes as those of sessions, by their own id."""
 
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -15,7 +16,9 @@ from instavm.control.lifecycle import word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InvalidInput, NotFound
+from instavm.sandbox import Egress
 from instavm.wire import vms as wire
+from instavm.wire.egress import EgressPolicy
 from instavm.wire.env import coerce
 from instavm.wire.isolation import Isolation
 from instavm.wire.snapshots import Snapshot
@@ -46,7 +49,7 @@ async def create(
                 raise
         latest = session.latest()
         assert latest is not None, "a session that was just given a sandbox has one"
-        return record(session.row, latest, request)
+        return await _record(here, session.row, latest, request)
 
     return await once.create(make)
 
@@ -55,7 +58,7 @@ async def create(
 async def live(request: Request, caller: Caller, here: Here) -> list[wire.Vm]:
     """Those that are up or coming up, newest first."""
     found = here.sessions.with_sandbox(caller, {}, limits.LIST_LIMIT_MAX)
-    return [record(session.row, row, request) for session in found if (row := session.latest()) is not None]
+    return await _records(here, [(one.row, row) for one in found if (row := one.latest()) is not None], request)
 
 
 @router.get("/v1/vms/")
@@ -66,13 +69,13 @@ async def all_records(
     limit: Annotated[int, Query(ge=1, le=limits.LIST_LIMIT_MAX)] = limits.LIST_LIMIT_MAX,
 ) -> list[wire.Vm]:
     """Every VM that this account ever had, newest first."""
-    return [record(session, vm, request) for session, vm in await here.sessions.all_vms(caller, limit)]
+    return await _records(here, await here.sessions.all_vms(caller, limit), request)
 
 
 @router.get("/v1/vms/{vm_id}")
 async def get(request: Request, vm_id: str, caller: Caller, here: Here) -> wire.Vm:
     session, vm = await here.sessions.of_vm(caller, vm_id)
-    return record(session.row, vm, request)
+    return await _record(here, session.row, vm, request)
 
 
 @router.patch("/v1/vms/{vm_id}")
@@ -80,7 +83,7 @@ async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Calle
     session, vm = await _up(here, caller, vm_id)
     labels = ask.metadata if "metadata" in ask.model_fields_set else None
     await here.sessions.change(caller, session, labels, ask.options(), ask.vm_lifetime_seconds)
-    return record(session.row, session.latest() or vm, request)
+    return await _record(here, session.row, session.latest() or vm, request)
 
 
 @router.delete("/v1/vms/{vm_id}")
@@ -202,7 +205,17 @@ async def _up(here: Here, caller: Caller, vm_id: str) -> tuple[Session, VmRow]:
     return session, vm
 
 
-def record(session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
+async def _record(here: Here, session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
+    (told,) = await _records(here, [(session, vm)], request)
+    return told
+
+
+async def _records(here: Here, found: Sequence[tuple[SessionRow, VmRow]], request: Request) -> list[wire.Vm]:
+    egress = await here.egress.of_vms([vm for _, vm in found])
+    return [record(session, vm, request, egress.get(vm.id)) for session, vm in found]
+
+
+def record(session: SessionRow, vm: VmRow, request: Request, egress: tuple[Egress, bool] | None) -> wire.Vm:
     return wire.Vm(
         vm_id=vm.id,
         id=vm.id,
@@ -218,6 +231,7 @@ def record(session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
         memory_mb=session.memory_mib,
         metadata=dict(session.metadata),
         env_keys=list(session.env_keys),
+        egress_policy=None if egress is None else EgressPolicy.of(*egress),
         snapshot_id=None if session.image == "default" else session.image,
         ssh_host=f"{vm.id}@{request.url.hostname or 'localhost'}",
         **{name: value for name, value in session.options.items() if name in wire.OPTIONS},

@@ -55,6 +55,7 @@ def _pragmas(connection: Any, _record: object) -> None:
         f"busy_timeout={BUSY_TIMEOUT_MS}",
         "foreign_keys=ON",
         f"cache_size=-{CACHE_KIB}",
+        "temp_store=MEMORY",
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

@@ -21,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -165,6 +165,13 @@ egress = Table(
     Column("changed_at", Utc, nullable=False),
 )
 
+egress_logs = Table(
+    "egress_logs",
+    metadata,
+    Column("vm_id", ForeignKey("vms.id"), primary_key=True),
+    Column("log", JSON, nullable=False),
+)
+
 snapshots = Table(
     "snapshots",
     metadata,
@@ -201,5 +208,6 @@ STEPS: Final[Mapping[int, tuple[str, ...]]] = {
     ),
     2: (),
     3: _SNAPSHOTS,
+    4: (),
 }
 """Version → what leads to the next one, besides tables that are new in it."""

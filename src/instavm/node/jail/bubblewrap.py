@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -36,39 +36,46 @@ class Walls:
     """What one program gets to see. All paths are the host's, and the same inside."""
 
     program: str
-    home: Path
+    home: Path | None
     """Its folder. That it is bound writable does not mean that the program may write there: its files' owners say that."""
     uid: int | None
     """None: no uid of its own (the server is not root), but a user namespace in which it is nobody."""
     devices: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
     """Supplementary groups, for devices that only a group may open."""
+    files: tuple[str, ...] | None = None
+    """What else of the host it may read; None: what QEMU needs."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    hostname: str = "vmm"
 
 
-def arguments(walls: Walls, *, says: int, go: int, seccomp: int) -> list[str]:
+def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -> list[str]:
     """bubblewrap's and setpriv's part of a command line; the program and its own arguments follow.
 
-    says, go, seccomp: descriptors: where the number of the process is told, what it waits for, its filter.
+    says, seccomp, go: descriptors: where the number of the process is told, its filter, what it waits for, if for anything.
     """
-    seen = [*PROGRAM_FILES, walls.program, *([] if walls.uid is None else [SETPRIV])]
+    files = PROGRAM_FILES if walls.files is None else walls.files
+    seen = [*files, walls.program, *([] if walls.uid is None else [SETPRIV])]
+    home = [] if walls.home is None else [str(walls.home)]
     binds = [argument for path in seen for argument in ("--ro-bind", path, path)]
     devices = [argument for path in ("/dev/null", *walls.devices) for argument in ("--dev-bind", path, path)]
     return [
         *(BINARY, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
         *(("--unshare-user",) if walls.uid is None else ()),
-        *("--as-pid-1", "--hostname", "vmm", "--clearenv", "--setenv", "LANG", "C.UTF-8"),
+        *("--as-pid-1", "--hostname", walls.hostname, "--clearenv", "--setenv", "LANG", "C.UTF-8"),
+        *(word for name, value in walls.environment.items() for word in ("--setenv", name, value)),
         *("--cap-drop", "ALL", *(() if walls.uid is None else _caps("SETUID", "SETGID", "SETPCAP"))),
         *(
             argument
-            for folder in _folders(["/dev/null", *seen, *walls.devices, str(walls.home)])
+            for folder in _folders(["/dev/null", *seen, *walls.devices, *home], files)
             for argument in ("--dir", folder)
         ),
         *binds,
         *devices,
         *(argument for place, target in LINKS.items() for argument in ("--symlink", target, place)),
-        *("--bind", str(walls.home), str(walls.home)),
+        *(("--bind", *home, *home) if home else ()),
         *("--proc", "/proc", "--remount-ro", "/", "--chdir", "/"),
-        *("--info-fd", str(says), "--block-fd", str(go), "--seccomp", str(seccomp), "--"),
+        *("--info-fd", str(says), *(() if go is None else ("--block-fd", str(go))), "--seccomp", str(seccomp), "--"),
         *_without_rights(walls),
     ]
 
@@ -88,10 +95,10 @@ def _caps(*names: str) -> Iterator[str]:
         yield from ("--cap-add", f"CAP_{name}")
 
 
-def _folders(paths: Sequence[str]) -> list[str]:
+def _folders(paths: Sequence[str], bound: Sequence[str]) -> list[str]:
     """Every folder above `paths`, outermost first; made by hand because those that bubblewrap makes are its own alone."""
     above = {str(folder) for path in paths for folder in Path(path).parents if folder != Path("/")}
-    return sorted(above - {*PROGRAM_FILES})
+    return sorted(folder for folder in above if not any(Path(folder).is_relative_to(one) for one in bound))
 
 
 async def told_pid(says: int) -> int | None:
@@ -103,6 +110,11 @@ async def told_pid(says: int) -> int | None:
         if not more:
             return None
         said += more
+    return pid_in(said)
+
+
+def pid_in(said: bytes) -> int:
+    """Raises HostNotReady."""
     try:
         return int(json.loads(said)["child-pid"])
     except (ValueError, KeyError, TypeError) as exc:

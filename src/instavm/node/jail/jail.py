@@ -173,7 +173,7 @@ class Jails:
         said, say = socket.socketpair()
         waits, go = socket.socketpair()
         with said, say, waits, go:
-            with _readable(seccomp.program()) as filter_fd:
+            with readable(seccomp.program()) as filter_fd:
                 told = {"says": say.fileno(), "go": waits.fileno(), "seccomp": filter_fd}
                 command = [*bubblewrap.arguments(walls, **told), *argv]
                 popen = _spawn(command, (*needs.descriptors, *told.values()), output)
@@ -230,13 +230,11 @@ def check(settings: Settings) -> str:
         if shutil.which(program) is None:
             raise HostNotReady(f"{program} is missing, so VMMs can't be jailed. Install it with: {HOW_TO_GET}")
     uid = settings.jail_uid_first if os.geteuid() == 0 else None
-    walls = Walls(bubblewrap.SETPRIV, Path("/var/empty"), uid)
+    walls = Walls(bubblewrap.SETPRIV, None, uid)
     says, says_end = os.pipe()
     try:
-        with _readable(seccomp.program()) as filter_fd, _readable(b"!") as go:
+        with readable(seccomp.program()) as filter_fd, readable(b"!") as go:
             command = bubblewrap.arguments(walls, says=says_end, go=go, seccomp=filter_fd)
-            home = command.index("--bind")
-            del command[home : home + 3]
             tried = subprocess.run(
                 [*command, bubblewrap.SETPRIV, "--version"],
                 pass_fds=(says_end, go, filter_fd),
@@ -256,7 +254,9 @@ def check(settings: Settings) -> str:
             " (as root, or with unprivileged user namespaces); INSTAVM_JAIL=off does without, at the price of all they give"
         )
     return (
-        "as root: own uid, no rights, own namespaces" if uid is not None else "without root: own namespaces, your uid"
+        "as root: VMMs and the API each have a uid of their own, no rights, own namespaces"
+        if uid is not None
+        else "without root: VMMs have namespaces of their own and your uid; the API's process is not confined"
     )
 
 
@@ -302,7 +302,7 @@ def _end(popen: subprocess.Popen[bytes], pid: int | None) -> None:
 
 
 @contextmanager
-def _readable(data: bytes) -> Iterator[int]:
+def readable(data: bytes) -> Iterator[int]:
     """A descriptor from which `data` (less than a pipe holds) can be read, once."""
     out, into = os.pipe()
     try:

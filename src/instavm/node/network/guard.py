@@ -6,6 +6,7 @@ While there is no filter nothing gets through, whatever the rules say: it alone 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -22,8 +23,7 @@ import anyio
 
 from instavm.errors import HostNotReady
 from instavm.node.network import rules, space
-from instavm.node.network.policy import Policy, Registry, registry, to_wire
-from instavm.node.network.ports import own_ports
+from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.network.space import Space
 from instavm.sandbox import Egress, EgressLog, Seen
 from instavm.settings import Settings
@@ -37,6 +37,15 @@ BEGIN_S: Final = 120.0
 """How long a filter may take to start up while others have the CPU."""
 AGAIN_S: Final = 0.2
 """Pause before a filter that ended is replaced, so that one that can't live does not take the whole CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """What holds for one sandbox. `sha256`: of all of it, kernel's and filter's; equal rules have the same."""
+
+    sha256: str
+    kernel_rules: int
+    policy: Egress
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +77,7 @@ class Network:
 
     async def _put(self, policy: Policy) -> None:
         self.policy = _closed(policy)
-        await self.networks.ask("put", self.name, **_told(policy))
+        await self.networks.ask("put", self.name, **self.networks.told(policy))
         await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
         self.policy = policy
 
@@ -80,6 +89,15 @@ class Network:
         seen = [Seen(*entry) for entry in said["entries"]]
         return EgressLog((*seen, *kernel), said["sent"], said["received"], said["open"])
 
+    async def in_force(self) -> InForce:
+        """What kernel and filter go by at this moment, asked of both. Raises HostNotReady (there is no filter)."""
+        await self.networks.ready()
+        said = await self.networks.ask("policy", self.name)
+        kernel = rules.in_force(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_ALL))
+        policy = from_wire(said["told"]["policy"]).egress
+        both = json.dumps({"filter": said["told"], "kernel": kernel}, sort_keys=True).encode()
+        return InForce(hashlib.sha256(both).hexdigest(), sum("rule" in one for one in kernel), policy)
+
     async def aclose(self) -> None:
         """Twice is fine."""
         with anyio.CancelScope(shield=True):
@@ -88,8 +106,10 @@ class Network:
 
 
 class Networks:
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, closed_ports: Iterable[int] = ()) -> None:
+        """closed_ports: TCP ports of this host that no policy opens."""
         self._settings = settings
+        self._closed_ports = sorted(closed_ports)
         self._live: dict[str, Network] = {}
         self._names = itertools.count(1)
         self._ids = itertools.count(1)
@@ -145,6 +165,10 @@ class Networks:
             raise
         return network
 
+    def told(self, policy: Policy) -> dict[str, Any]:
+        """What the filter must know of one sandbox."""
+        return {"policy": to_wire(policy), "closed_ports": self._closed_ports}
+
     async def ready(self) -> None:
         """Wait until there is a filter. Raises HostNotReady."""
         if not self._ready.is_set():
@@ -157,7 +181,7 @@ class Networks:
 
     async def _hand_over(self, network: Network) -> None:
         fds = [one.fileno() for one in network.space.sockets]
-        await self.ask("open", network.name, fds=fds, **_told(network.policy))
+        await self.ask("open", network.name, fds=fds, **self.told(network.policy))
 
     async def forget(self, network: Network) -> None:
         if self._live.pop(network.name, None) is not None:
@@ -285,7 +309,3 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 def _closed(policy: Policy) -> Policy:
     return Policy(Egress(), policy.registries.values())
-
-
-def _told(policy: Policy) -> dict[str, Any]:
-    return {"policy": to_wire(policy), "closed_ports": own_ports()}

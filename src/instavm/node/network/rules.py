@@ -57,7 +57,8 @@ def _rules(policy: Policy) -> Iterator[str]:
     tcp, udp = f"tproxy ip to :{TCP_PORT} accept", f"tproxy ip to :{UDP_PORT} accept"
     if ports := _set(policy.name_ports()):
         yield f"ip daddr {STAND_INS} tcp dport {ports} {tcp}"
-    yield f"ip daddr {STAND_INS} return"
+    if policy.cidrs or policy.open:
+        yield f"ip daddr {STAND_INS} return"
     if cidrs := _set(v4(policy.cidrs)):
         yield f"ip daddr {cidrs} meta l4proto tcp {tcp}"
         yield f"ip daddr {cidrs} meta l4proto udp {udp}"
@@ -83,3 +84,16 @@ def refused(answer: str) -> list[Seen]:
                 Seen(None, address, int(port), str(protocol), False, "no_rule", int(inner["counter"]["packets"]))
             )
     return found
+
+
+LIST_ALL: Final = "list ruleset"
+
+
+def in_force(answer: str) -> list[dict[str, Any]]:
+    """What stands in the kernel, out of nft's JSON: without what the kernel counts and numbers, so that equal rules are equal."""
+    return [
+        {kind: {name: value for name, value in about.items() if name not in ("handle", "elem")}}
+        for one in json.loads(answer)["nftables"]
+        for kind, about in one.items()
+        if kind != "metainfo"
+    ]

@@ -107,6 +107,8 @@ class Filter:
                     gone.close()
             case "put":
                 self._places[ask["name"]].put(policy.from_wire(ask["policy"]), frozenset(ask["closed_ports"]))
+            case "policy":
+                return {"told": self._places[ask["name"]].told()}
             case "log":
                 place = self._places[ask["name"]]
                 counts = {"sent": place.log.sent, "received": place.log.received, "open": len(place.flows)}

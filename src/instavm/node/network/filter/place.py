@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
 from instavm.node.network.addresses import STAND_INS, Address, Host
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.filter.seen import Log
-from instavm.node.network.policy import Policy, Verdict
+from instavm.node.network.policy import Policy, Verdict, to_wire
 from instavm.sandbox import Egress
 
 NAMES_MAX: Final = 4096
@@ -94,6 +94,10 @@ class Place:
                     rule="policy_changed",
                 )
                 flow.scope.cancel()
+
+    def told(self) -> dict[str, Any]:
+        """What it goes by, in the words in which it was told."""
+        return {"policy": to_wire(self.policy), "closed_ports": sorted(self.closed_ports)}
 
     def verdict(self, name: str | None, address: Address | None, port: int, protocol: str = "tcp") -> Verdict:
         if name is not None:

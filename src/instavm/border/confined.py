@@ -1,0 +1,120 @@
+"""What stands around control's process: it reads what strangers send, so it is taken to be broken into one day.
+
+The walls are those of VMMs (`node/jail/`), around other files: Python, this package, and the one folder that control writes to.
+It has a uid of its own, which owns that folder; of the server's descriptors it holds its listener, its link to the node and
+its log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import shutil
+import site
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import instavm
+from instavm.errors import HostNotReady
+from instavm.node.jail import bubblewrap, seccomp
+from instavm.node.jail.bubblewrap import Walls
+from instavm.node.jail.jail import HOW_TO_GET, UID_LOCKS, readable
+from instavm.node.jail.uids import Uids
+from instavm.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LIMITS: Final = {resource.RLIMIT_CORE: 0, resource.RLIMIT_MSGQUEUE: 0, resource.RLIMIT_NPROC: 128}
+LIBRARIES: Final = ("/etc/ld.so.cache", "/usr/lib/x86_64-linux-gnu", "/usr/lib64")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A command line with its walls in front, and the descriptors that it needs besides its own."""
+
+    command: Sequence[str]
+    descriptors: tuple[int, ...]
+    says: int
+    """Where bubblewrap says which number the process has. The caller closes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    uid: int
+    settings: Settings
+
+    @contextmanager
+    def around(self, command: Sequence[str]) -> Iterator[Started]:
+        """`command`: a Python and its arguments; files that they name can be read. Raises HostNotReady."""
+        python, *arguments = command
+        named = [word for word in arguments if word.startswith("/") and Path(word).is_file()]
+        walls = Walls(
+            python,
+            self.settings.control_dir,
+            self.uid,
+            files=tuple(dict.fromkeys((*LIBRARIES, *python_files(), *named))),
+            environment={"PATH": os.defpath, "HOME": "/", **self.settings.environment()},
+            hostname="api",
+        )
+        heard, says = os.pipe()
+        try:
+            with readable(seccomp.program(seccomp.API)) as filter_fd:
+                jailed = [*bubblewrap.arguments(walls, says=says, seccomp=filter_fd), *command]
+                yield Started(jailed, (says, filter_fd), heard)
+        finally:
+            os.close(says)
+
+    def limit(self, pid: int) -> None:
+        """What the kernel lets it have. Raises ProcessLookupError."""
+        for limit, value in LIMITS.items():
+            resource.prlimit(pid, limit, (value, value))
+
+
+@contextmanager
+def confinement(settings: Settings) -> Iterator[Confinement | None]:
+    """For one server's control; None where it runs as the server's own user. Raises HostNotReady."""
+    if (why := unconfined(settings)) is not None:
+        log.warning("the API's process is not confined: %s", why)
+        yield None
+        return
+    for program in (bubblewrap.BINARY, bubblewrap.SETPRIV):
+        if shutil.which(program) is None:
+            raise HostNotReady(f"{program} is missing, so the API can't be jailed. Install it with: {HOW_TO_GET}")
+    with contextlib.closing(Uids(settings.jail_uid_first, settings.jail_uid_count, UID_LOCKS)) as uids:
+        uid = uids.lease()
+        _give(settings.control_dir, uid)
+        yield Confinement(uid, settings)
+
+
+def unconfined(settings: Settings) -> str | None:
+    """Why control runs with the rights of the server's own user; None: it does not."""
+    if settings.jail == "off":
+        return "INSTAVM_JAIL=off: it has all the rights of this server"
+    if os.geteuid() != 0:
+        return "not root: it can read and write what this user can"
+    return None
+
+
+def python_files() -> list[str]:
+    """What this Python needs to run this package, and nothing else of it."""
+    paths = sysconfig.get_paths()
+    inside = Path(sys.prefix) / "pyvenv.cfg"
+    found = [paths["stdlib"], paths["platstdlib"], *site.getsitepackages(), str(Path(instavm.__file__).parents[1])]
+    if sys.base_prefix != "/usr":
+        found.append(sys.base_prefix)
+    return [path for path in (*found, str(inside)) if Path(path).exists()]
+
+
+def _give(folder: Path, uid: int) -> None:
+    """Have control own what it writes; an earlier one had another uid. Links are not followed: it may have made them."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, uid, uid, follow_symlinks=False)
+    folder.chmod(0o700)
