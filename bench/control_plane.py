@@ -82,6 +82,8 @@ class NullNode:
 
     async def set_egress(self, vm_id: str, egress: Egress) -> None: ...
 
+    async def ask_registries(self, vm_id: str) -> None: ...
+
     async def egress_log(self, vm_id: str) -> EgressLog:
         return EgressLog()
 

@@ -182,6 +182,9 @@ class LocalNode:
     async def set_egress(self, vm_id: str, egress: Egress) -> None:
         self._place(vm_id).egress = egress
 
+    async def ask_registries(self, vm_id: str) -> None:
+        self._place(vm_id)
+
     async def egress_log(self, vm_id: str) -> EgressLog:
         if vm_id not in self.logs:
             self._place(vm_id)

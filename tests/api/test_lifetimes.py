@@ -12,6 +12,8 @@ from instavm.errors import HostNotReady, SessionEnded
 from instavm.sandbox import EndReason
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
+from instavm.wire.snapshots import CreateSnapshot
+from instavm.wire.vms import CreateVm
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +36,32 @@ async def test_a_sandbox_ends_when_its_lifetime_runs_out(tmp_path):
         assert (vm.lifecycle.state, vm.lifecycle.why) == (State.ENDED, EndReason.LIFETIME)
         assert vm.uptime_s() >= 0.01
         assert not node.places
+
+
+@pytest.mark.parametrize("ends", ["lifetime", "server"])
+async def test_a_snapshot_is_taken_before_the_end(tmp_path, ends):
+    options = {"snapshot_on_terminate": True, "snapshot_name": "last"}
+    options |= {"vm_lifetime_seconds": 0.01} if ends == "lifetime" else {}
+    wanted = CreateVm.model_construct(**{**CreateVm().model_dump(), **options})
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            session = await control.sessions.create(ME, wanted)
+            if ends == "lifetime":
+                await session.vm.gone.wait()
+            else:
+                await session.vm.settled.wait()
+        (row,) = await store.snapshots.of_tenant("local", None)
+        assert (row.name, row.status, row.vm_id) == ("last", "ready", session.vm.id)
+        assert row.id in await node.stored() and not node.places
+
+
+async def test_builds_end_with_their_server(tmp_path):
+    """It does not wait for them, and they are not found `building` by the next one."""
+    async with open_local_node() as node, open_store(tmp_path / "db") as store:
+        async with open_control(node, store, LocalAccounts(store.accounts)) as control:
+            row = await control.snapshots.build(ME, CreateSnapshot(oci_image="hangs:1"))
+        (kept,) = await store.snapshots.of_tenant("local", None)
+        assert (kept.id, kept.status) == (row.id, "failed") and "the server ended" in kept.last_error
 
 
 async def test_the_clock_on_the_wall_decides_nothing(tmp_path, monkeypatch):

@@ -2,10 +2,20 @@
 
 import time
 
+import anyio
 import pytest
 
 from instavm import InstaVM
-from instavm.errors import CorruptSnapshot, NotFound, QuotaExceededError, SessionEnded, SessionSuspended, SnapshotError
+from instavm.errors import (
+    BootFailed,
+    CorruptSnapshot,
+    DiskFull,
+    NotFound,
+    QuotaExceededError,
+    SessionEnded,
+    SessionSuspended,
+    SnapshotError,
+)
 
 
 @pytest.fixture
@@ -155,7 +165,8 @@ def test_a_build_is_followed_cancelled_and_told(vm, http):
     deadline = time.monotonic() + 30
     while not (told := vm.snapshots.logs(made["id"]))["is_complete"]:
         assert time.monotonic() < deadline
-    assert told["log"].startswith("looking\n") and vm.snapshots.logs(made["id"], told["next_offset"])["log"] == ""
+    assert told["log"].startswith("=> fetch\nlooking\n=> boot\n") and (told["stage"], told["progress"]) == ("", 1.0)
+    assert vm.snapshots.logs(made["id"], told["next_offset"])["log"] == ""
     got = vm.snapshots.get(made["id"])
     assert (got["status"], got["labels"]) == ("ready", {"made": "here"})
     hangs = vm.snapshots.create("hangs:1")
@@ -165,6 +176,70 @@ def test_a_build_is_followed_cancelled_and_told(vm, http):
     vm.snapshots.delete(vm.snapshots.create("hangs:2")["id"])
     for one in vm.snapshots.list():
         vm.snapshots.delete(one["id"])
+
+
+def test_a_snapshot_is_ready_when_it_has_been_booted(server, vm, http, monkeypatch):
+    vm.execute("1")
+    booted, go_on = [], anyio.Event()
+
+    async def prepare(name, vcpus, memory_mib):
+        await go_on.wait()
+        booted.append((vcpus, memory_mib))
+
+    monkeypatch.setattr(server.node, "prepare", prepare)
+    made = vm.vms.snapshot(vm_id(vm), wait=False)
+    assert (made.status, vm.snapshots.logs(made["id"])["stage"]) == ("creating", "first start")
+    with pytest.raises(SnapshotError, match="is creating"):
+        vm.vms.create(snapshot_id=made["id"])
+    assert vm.snapshots.cancel(made["id"])["status"] == "ready", "its disk is whole: it only starts slowly once"
+    vm.snapshots.delete(vm.vms.snapshot(vm_id(vm), wait=False)["id"])
+    server.portal.call(go_on.set)
+    assert vm.vms.snapshot(vm_id(vm)).status == "ready" and booted == [(2, 512)]
+
+    async def fails(*_):
+        raise BootFailed("it does not come up")
+
+    monkeypatch.setattr(server.node, "prepare", fails)
+    kept = vm.vms.snapshot(vm_id(vm))
+    assert kept.status == "ready" and "it does not come up" in vm.snapshots.logs(kept["id"])["log"]
+    for one in vm.snapshots.list():
+        vm.snapshots.delete(one["id"])
+
+
+@pytest.mark.parametrize("ends", ["kill", "delete"])
+def test_a_snapshot_before_the_end(server, vm, ends):
+    wanted = {"snapshot_on_terminate": True, "snapshot_name": "last"}
+    made = vm.vms.create(vm_lifetime_seconds=20, **wanted)
+    assert vm.vms.get(made["vm_id"])["snapshot_on_terminate"] is True
+    with server.client(auto_start_session=False) as one:
+        one.session_id = made["session_id"]
+        one.execute("open('kept', 'w').write('kept')")
+        if ends == "kill":
+            one.kill()
+        else:
+            one.vms.delete(made["vm_id"])
+    (kept,) = vm.snapshots.list()
+    assert (kept["name"], kept["vm_id"]) == ("last", made["vm_id"])
+    until(lambda: vm.snapshots.get(kept["id"])["status"] == "ready")
+    child = vm.vms.create(snapshot_id=kept["id"])
+    vm.session_id, mine = child["session_id"], vm.session_id
+    assert vm.execute("print(open('kept').read())").stdout == "kept\n"
+    vm.kill()
+    vm.session_id = mine
+    vm.snapshots.delete(kept["id"])
+
+
+def test_a_last_snapshot_that_can_not_be_taken_says_why(server, vm, monkeypatch):
+    async def full(*_):
+        raise DiskFull("no space left")
+
+    made = vm.vms.create()
+    vm.vms.update(made["vm_id"], snapshot_on_terminate=True)
+    monkeypatch.setattr(server.node, "snapshot", full)
+    vm.vms.delete(made["vm_id"])
+    (kept,) = vm.snapshots.list()
+    assert (kept["status"], kept["last_error"], kept["vm_id"]) == ("failed", "no space left", made["vm_id"])
+    vm.snapshots.delete(kept["id"])
 
 
 def test_somebody_elses_look_like_none(vm, other):

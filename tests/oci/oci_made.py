@@ -99,8 +99,15 @@ def busybox():
     )
 
 
-def layout(place: Path, *layers: bytes, env=(), labels=None, architecture="amd64", tag="latest", other=None):
+def zstd(body):
+    return subprocess.run(["zstd", "-1cq"], input=body, capture_output=True, check=True).stdout
+
+
+def layout(
+    place: Path, *layers: bytes, env=(), labels=None, architecture="amd64", tag="latest", other=None, packed="gzip"
+):
     """Write an OCI layout; `other`: architecture of a second, empty image in its index, which must not be taken."""
+    pack = {"gzip": lambda body: gzip.compress(body, 1, mtime=0), "zstd": zstd}[packed]
     blobs = place / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
 
@@ -121,9 +128,7 @@ def layout(place: Path, *layers: bytes, env=(), labels=None, architecture="amd64
             "schemaVersion": 2,
             "mediaType": kinds + "manifest.v1+json",
             "config": {"mediaType": kinds + "config.v1+json", **blob(json.dumps(config).encode())},
-            "layers": [
-                {"mediaType": kinds + "layer.v1.tar+gzip", **blob(gzip.compress(body, 1, mtime=0))} for body in bodies
-            ],
+            "layers": [{"mediaType": f"{kinds}layer.v1.tar+{packed}", **blob(pack(body))} for body in bodies],
         }
         about = {"mediaType": manifest["mediaType"], "platform": {"architecture": arch, "os": "linux"}}
         return about | blob(json.dumps(manifest).encode())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment
@@ -100,6 +100,10 @@ def build(
     run: Annotated[str | None, typer.Option(help="A shell command, after everything else.")] = None,
     disk: Annotated[int | None, typer.Option(min=1, max=16, help="Size of the disk in GB.")] = None,
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="May be repeated.")] = None,
+    domain: Annotated[
+        list[str] | None, typer.Option(help="What the build may reach besides package registries. May be repeated.")
+    ] = None,
+    cidr: Annotated[list[str] | None, typer.Option(help="The same, an address range. May be repeated.")] = None,
     cpu: Annotated[int | None, typer.Option(help="vCPUs of the sandbox that builds it.")] = None,
     memory: Annotated[int | None, typer.Option(help="Its memory in MB.")] = None,
     username: Annotated[str | None, typer.Option(help="For the registry.")] = None,
@@ -128,6 +132,7 @@ def build(
         build_args={key: value for key, value in args.items() if value is not None},
         registry_username=username,
         registry_password=None if password_file is None else password_file.read_text().strip(),
+        egress_policy={"allowed_domains": domain, "allowed_cidrs": cidr} if domain or cidr else None,
     )
     try:
         _follow(vm, row["id"], quiet=as_json)
@@ -154,16 +159,19 @@ def gc(
 
 
 def _follow(vm: InstaVM, snapshot: str, *, quiet: bool) -> None:
-    offset = 0
-    while True:
-        told = vm.snapshots.logs(snapshot, offset)
-        offset = told["next_offset"]
-        if not quiet:
-            sys.stderr.write(told["log"])
-            sys.stderr.flush()
-        if told["is_complete"]:
-            return
-        time.sleep(POLL_S)
+    """Print what the build prints; on a terminal, with a bar below it that says how far it is."""
+    console = Console(stderr=True, quiet=quiet, soft_wrap=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task, offset = bar.add_task("pending", total=1.0), 0
+        while True:
+            told = vm.snapshots.logs(snapshot, offset)
+            offset = told["next_offset"]
+            bar.update(task, description=told["stage"], completed=told["progress"])
+            console.print(told["log"], end="", markup=False, highlight=False, emoji=False)
+            if told["is_complete"]:
+                return
+            time.sleep(POLL_S)
 
 
 def _mib(size: int) -> str:

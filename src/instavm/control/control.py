@@ -44,10 +44,12 @@ class Control:
 
     async def stop(self) -> None:
         """End every sandbox, take no new one, and return when nothing is left. Twice is fine."""
+        await self.snapshots.end_all()
         await self.vms.end_all(EndReason.SERVER_STOPPED)
 
     async def leave(self) -> None:
         """Take no new sandbox and let go of those that are up: they live on until the next server adopts them."""
+        await self.snapshots.end_all()
         await self.node.leave()
         await self.vms.leave_all()
 
@@ -66,6 +68,7 @@ async def open_control(
         quotas = Quotas(policy, vms, node.memory)
         sessions = Sessions(store, vms, quotas, node, policy.egress)
         executions = Executions(node, sessions)
+        egress = Egresses(store, sessions, vms)
         control = Control(
             node=node,
             accounts=accounts,
@@ -77,10 +80,11 @@ async def open_control(
             tasks=Tasks(store, sessions, executions, tasks),
             files=Files(node, sessions),
             processes=Processes(node, sessions),
-            egress=Egresses(store, sessions, vms),
+            egress=egress,
             repeats=Repeats(store.repeats),
-            snapshots=Snapshots(node, store, sessions, quotas, tasks),
+            snapshots=Snapshots(node, store, sessions, egress, quotas, tasks),
         )
+        vms.before_end = control.snapshots.keep_last
         await reconcile(node, store, sessions)
         await control.snapshots.give_up()
         await control.tasks.take_up()

@@ -109,6 +109,13 @@ class Node(Protocol):
         """
         ...
 
+    async def ask_registries(self, vm_id: str) -> None:
+        """Look again where what is installed in it now gets packages from; the next `set_egress` counts with that.
+
+        Raises: SessionEnded.
+        """
+        ...
+
     async def egress_log(self, vm_id: str) -> EgressLog:
         """Where it went and what was refused, bounded; once more after it has ended. Raises: SessionEnded."""
         ...

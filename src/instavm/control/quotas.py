@@ -8,7 +8,8 @@ hand out `memory_reserve_mib` and the new one's first pages without swapping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -70,6 +71,19 @@ class Quotas:
         self._policy = policy
         self._vms = vms
         self._memory = memory
+        self._booting: list[tuple[str, int, int]] = []
+        """Tenant, vCPUs and memory of templates that are booted for nobody's sandbox."""
+
+    @contextmanager
+    def booting(self, tenant: Tenant, vcpus: int, memory_mib: int) -> Iterator[None]:
+        """For the time of the block, a boot counts as a sandbox of that size. Raises: QuotaExceededError, NoCapacity."""
+        self.admit(tenant, vcpus, memory_mib, 0)
+        one = (tenant.id, vcpus, memory_mib)
+        self._booting.append(one)
+        try:
+            yield
+        finally:
+            self._booting.remove(one)
 
     def admit(self, tenant: Tenant, vcpus: int, memory_mib: int, lifetime_s: float, count: int = 1) -> None:
         """Raises: ForbiddenError (lifetime), QuotaExceededError, NoCapacity. The caller starts all at once or none.
@@ -78,11 +92,18 @@ class Quotas:
         """
         quota = self.of(tenant)
         self.lifetime(tenant, lifetime_s)
-        mine = [vm.spec for vm in self._vms.live() if vm.tenant_id == tenant.id and vm.usable]
+        mine = [
+            *(
+                (vm.spec.vcpus, vm.spec.memory_mib)
+                for vm in self._vms.live()
+                if vm.tenant_id == tenant.id and vm.usable
+            ),
+            *((cpus, memory) for whose, cpus, memory in self._booting if whose == tenant.id),
+        ]
         for what, limit, sum_with_it in (
             ("sandboxes", quota.sandboxes, len(mine) + count),
-            ("vCPUs", quota.vcpus, sum(spec.vcpus for spec in mine) + count * vcpus),
-            ("MB of memory", quota.memory_mib, sum(spec.memory_mib for spec in mine) + count * memory_mib),
+            ("vCPUs", quota.vcpus, sum(cpus for cpus, _ in mine) + count * vcpus),
+            ("MB of memory", quota.memory_mib, sum(memory for _, memory in mine) + count * memory_mib),
         ):
             if limit is not None and sum_with_it > limit:
                 raise QuotaExceededError(
@@ -118,6 +139,7 @@ class Quotas:
     def _host_can_bear(self, memory_mib: int, count: int) -> None:
         host, reserve = self._memory(), self._policy.memory_reserve_mib
         promised = sum(vm.spec.memory_mib for vm in self._vms.live() if not vm.at_rest) + count * memory_mib
+        promised += sum(memory for *_, memory in self._booting)
         bearable = int((host.total_mib - reserve) * self._policy.memory_overcommit)
         if promised > bearable:
             raise NoCapacity(

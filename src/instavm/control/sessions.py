@@ -220,6 +220,10 @@ class Sessions:
         session = self._known.get(session_id)
         return session if session is not None and session.vm is not None else None
 
+    def of(self, vm: Vm) -> Session | None:
+        """The session of a sandbox that is not gone yet."""
+        return self._known.get(vm.session_id)
+
     def egress(self, session: Session) -> Egress:
         """What its sandbox may reach, or its next one when it has none."""
         if session.vm is not None and session.vm.usable:

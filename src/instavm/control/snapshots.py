@@ -1,19 +1,18 @@
-"""Snapshots: taken of sandboxes, or built from OCI images. One task per build, from `pending` to its end."""
+"""Snapshots: taken of sandboxes, or built from OCI images. One task for each, from `pending` or `creating` to its end."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
 
-from instavm import limits
-from instavm.control.builds import steps
+from instavm.control.builds import Build, Builder
+from instavm.control.egress import Egresses
 from instavm.control.ids import new_snapshot_id
 from instavm.control.node import Node
 from instavm.control.quotas import Quotas
@@ -22,50 +21,33 @@ from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.schema import LOCAL_TENANT
 from instavm.control.store.snapshots import UNFINISHED, SnapshotRow
+from instavm.control.vms import Vm
 from instavm.errors import ForbiddenError, InstaVMError, NotFound, SnapshotError
-from instavm.sandbox import Command, Pull, Stored, Stream
+from instavm.sandbox import Stored
 from instavm.wire.snapshots import CreateSnapshot
-from instavm.wire.vms import CreateVm
 
 log = logging.getLogger(__name__)
 
-STEP_S: Final = 1800.0
-"""How long one step of a build may take."""
-BUILD_LIFETIME_S: Final = 4 * 3600
 ON_HOST: Final = ("oci:", "oci-archive:", "docker-archive:")
-
-
-@dataclass(slots=True, eq=False)
-class Build:
-    """One that is under way."""
-
-    row: SnapshotRow
-    text: str = ""
-    left_out: int = 0
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
-    over: anyio.Event = field(default_factory=anyio.Event)
-
-    def say(self, text: str) -> None:
-        self.text += text
-        over = len(self.text) - limits.SNAPSHOT_LOG_BYTES
-        if over > limits.SNAPSHOT_LOG_BYTES:
-            self.text = self.text[over:]
-            self.left_out += over
-
-    def hear(self, stream: Stream, data: bytes) -> None:
-        if stream != "output":
-            self.say(data.decode(errors="replace"))
+STOPPED: Final = "the server ended while it was built; build it again"
+LAST_S: Final = 120.0
+"""How long the end of a sandbox waits for the snapshot that is to be taken before it."""
 
 
 class Snapshots:
-    def __init__(self, node: Node, store: Store, sessions: Sessions, quotas: Quotas, tasks: TaskGroup) -> None:
+    def __init__(
+        self, node: Node, store: Store, sessions: Sessions, egress: Egresses, quotas: Quotas, tasks: TaskGroup
+    ) -> None:
         self._node = node
+        self._builder = Builder(node, sessions, egress, quotas)
         self._rows = store.snapshots
+        self._accounts = store.accounts
         self._journal = store.journal
         self._sessions = sessions
         self._quotas = quotas
         self._tasks = tasks
         self._builds: dict[str, Build] = {}
+        self._stopping = False
 
     async def get(self, tenant: Tenant, snapshot_id: str) -> SnapshotRow:
         """Raises: NotFound, also for one of somebody else."""
@@ -89,12 +71,10 @@ class Snapshots:
     async def sizes(self) -> dict[str, Stored]:
         return dict(await self._node.stored())
 
-    async def log_of(self, tenant: Tenant, snapshot_id: str, offset: int) -> tuple[SnapshotRow, str, int]:
-        """What the build has printed from character `offset` on, and where to go on."""
+    async def log_of(self, tenant: Tenant, snapshot_id: str) -> Build:
+        """What its build has printed and how far it is; of one that is over, what is kept."""
         row = await self.get(tenant, snapshot_id)
-        build = self._builds.get(row.id)
-        text, left_out = (row.log, 0) if build is None else (build.text, build.left_out)
-        return row, text[max(0, offset - left_out) :], left_out + len(text)
+        return self._builds.get(row.id) or Build(row, row.log, done=1)
 
     async def build(self, tenant: Tenant, ask: CreateSnapshot) -> SnapshotRow:
         """Begin to build one and return at once. Raises: QuotaExceededError, ForbiddenError."""
@@ -119,37 +99,55 @@ class Snapshots:
         )
         build = self._builds[row.id] = Build(row)
         await self._journal.written(self._rows.add(row))
-        self._tasks.start_soon(self._run, tenant, build, ask, name=row.id)
+        change = self._changing(build)
+        self._tasks.start_soon(self._run, build, lambda: self._builder.make(tenant, build, ask, change), name=row.id)
         return row
 
-    async def take(self, tenant: Tenant, session: Session, name: str | None) -> SnapshotRow:
-        """A snapshot of the disk of a session's sandbox, which goes on. Raises: as `Sessions.ready`, `Node.snapshot`."""
+    async def take(
+        self, tenant: Tenant, session: Session, name: str | None, *, wait: bool = True, boot: bool = True
+    ) -> SnapshotRow:
+        """A snapshot of the disk of a session's sandbox, which goes on.
+
+        boot: and then boot it once, so that its sandboxes start fast; it is `creating` until then. wait: for that.
+        Raises: as `Sessions.ready`, `Node.snapshot`.
+        """
         vm = await self._sessions.ready(session)
         self._quotas.store(tenant, await self._sessions.at_rest_bytes(tenant))
-        row = SnapshotRow(
-            id=new_snapshot_id(),
-            tenant_id=tenant.id,
-            name=name,
-            type="user",
-            status="creating",
-            created_at=datetime.now(UTC),
-            vcpus=session.row.vcpus,
-            memory_mib=session.row.memory_mib,
-            vm_id=vm.id,
-        )
-        await self._journal.written(self._rows.add(row))
+        row = await self._record(vm, session, name)
         try:
-            stored = await self._node.snapshot(vm.id, row.id)
-        except BaseException as exc:
+            row = await self._disk(row)
+        except BaseException:
             self._rows.remove(row.id)
-            if isinstance(exc, InstaVMError):
-                raise
-            with anyio.CancelScope(shield=True):
-                await self._node.forget(row.id)
             raise
-        row = _ended(row, "ready", size_bytes=stored.own_bytes + stored.shared_bytes)
+        if not boot:
+            row = _ended(row, "ready", row.size_bytes)
+            await self._journal.written(self._rows.change(row))
+            return row
+        build = self._boot(tenant, row)
+        if wait:
+            await build.over.wait()
+        return build.row
+
+    async def keep_last(self, vm: Vm) -> None:
+        """Before the end of a sandbox: a snapshot of its disk, if its session wants one. One that fails says why."""
+        session = self._sessions.of(vm)
+        if session is None or not session.row.options.get("snapshot_on_terminate"):
+            return
+        row = await self._record(vm, session, session.row.options.get("snapshot_name"))
+        error: str | None = f"it was not taken within {LAST_S:.0f} s"
+        try:
+            tenant = session.tenant or await self._accounts.tenant(row.tenant_id)
+            self._quotas.store(tenant, await self._sessions.at_rest_bytes(tenant))
+            with anyio.move_on_after(LAST_S):
+                row = await self._disk(row)
+                error = None
+        except InstaVMError as exc:
+            error = str(exc)
+        if error is None and not self._stopping:
+            self._boot(tenant, row)
+            return
+        row = _ended(row, "ready" if error is None else "failed", row.size_bytes, error)
         await self._journal.written(self._rows.change(row))
-        return row
 
     async def remove(self, tenant: Tenant, snapshot_id: str) -> SnapshotRow:
         """End its build, if it is under way, and remove it. What runs from it runs on. Raises: NotFound, ForbiddenError."""
@@ -168,10 +166,22 @@ class Snapshots:
         return await self.get(tenant, snapshot_id)
 
     async def give_up(self) -> None:
-        """Builds of a server that is no more: nobody goes on with them. Called once, at first."""
+        """Those of a server that is no more: of builds nobody goes on with them, disks that are whole are good. At first."""
+        whole = await self._node.stored()
         for row in await self._rows.unfinished():
-            self._rows.change(_ended(row, "failed", last_error="the server ended while it was built; build it again"))
-            await self._node.forget(row.id)
+            if row.status == "creating" and row.id in whole:
+                self._rows.change(_ended(row, "ready", _size(whole[row.id])))
+            else:
+                self._rows.change(_ended(row, "failed", last_error=STOPPED))
+                await self._node.forget(row.id)
+
+    async def end_all(self) -> None:
+        """Builds end with the server."""
+        self._stopping = True
+        for build in list(self._builds.values()):
+            build.why = STOPPED
+            build.scope.cancel()
+            await build.over.wait()
 
     async def clear_up(self, *, dry_run: bool) -> list[str]:
         """Remove what belongs to nothing any more; what that was."""
@@ -186,12 +196,57 @@ class Snapshots:
             build.scope.cancel()
             await build.over.wait()
 
-    async def _run(self, tenant: Tenant, build: Build, ask: CreateSnapshot) -> None:
-        error: str | None = "it was cancelled"
+    async def _record(self, vm: Vm, session: Session, name: str | None) -> SnapshotRow:
+        row = SnapshotRow(
+            id=new_snapshot_id(),
+            tenant_id=session.row.tenant_id,
+            name=name,
+            type="user",
+            status="creating",
+            created_at=datetime.now(UTC),
+            vcpus=session.row.vcpus,
+            memory_mib=session.row.memory_mib,
+            vm_id=vm.id,
+        )
+        await self._journal.written(self._rows.add(row))
+        return row
+
+    async def _disk(self, row: SnapshotRow) -> SnapshotRow:
+        """Have it taken, whole or not at all. Raises: as `Node.snapshot`."""
+        assert row.vm_id is not None
+        try:
+            return replace(row, size_bytes=_size(await self._node.snapshot(row.vm_id, row.id)))
+        except InstaVMError:
+            raise
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._node.forget(row.id)
+            raise
+
+    def _boot(self, tenant: Tenant, row: SnapshotRow) -> Build:
+        """Begin to boot a disk that has been taken, and return at once."""
+        build = self._builds[row.id] = Build(row)
+        self._tasks.start_soon(self._run, build, lambda: self._first_start(tenant, build), name=row.id)
+        return build
+
+    async def _first_start(self, tenant: Tenant, build: Build) -> None:
+        row = build.row
+        build.enter("first start", "so that its sandboxes start fast")
+        try:
+            with self._quotas.booting(tenant, row.vcpus, row.memory_mib):
+                await self._node.prepare(row.id, row.vcpus, row.memory_mib)
+        except InstaVMError as exc:  # its disk is good all the same
+            log.warning("%s could not be booted ahead of time: %s", row.id, exc)
+            build.say(f"its first sandbox will have to boot: {exc}\n")
+
+    async def _run(self, build: Build, work: Callable[[], Awaitable[None]]) -> None:
+        error: str | None = STOPPED
         try:
             with build.scope:
-                await self._make(tenant, build, ask)
+                await work()
                 error = None
+            if build.scope.cancelled_caught:
+                error = build.why
         except InstaVMError as exc:
             error = str(exc)
         except Exception:
@@ -202,65 +257,32 @@ class Snapshots:
                 await self._finish(build, error)
 
     async def _finish(self, build: Build, error: str | None) -> None:
-        if error is None:
-            stored = (await self._node.stored())[build.row.id]
-            ended = _ended(build.row, "ready", size_bytes=stored.own_bytes + stored.shared_bytes)
+        if error is None or build.row.status == "creating":
+            build.row = _ended(build.row, "ready", _size((await self._node.stored())[build.row.id]))
         else:
             build.say(f"\nfailed: {error}\n")
-            ended = _ended(build.row, "failed", last_error=error)
+            build.row = _ended(build.row, "failed", last_error=error)
             await self._node.forget(build.row.id)
-        await self._journal.written(self._rows.change(replace(ended, log=build.text)))
+        await self._journal.written(self._rows.change(replace(build.row, log=build.text)))
         del self._builds[build.row.id]
         build.over.set()
 
-    async def _make(self, tenant: Tenant, build: Build, ask: CreateSnapshot) -> None:
-        self._change(build, status="building")
-        password = ask.registry_password.get_secret_value() if ask.registry_password is not None else None
-        args = ask.build_args
-        pull = Pull(ask.oci_image, ask.registry_username, password, args.disk_size_gb, args.envs)
-        pulled = await self._node.pull(build.row.id, pull, lambda line: build.say(line + "\n"))
-        self._change(build, digest=pulled.digest, labels=pulled.labels)
-        async with self._sandbox(tenant, build, ask) as vm_id:
-            for step in steps(args.model_dump()):
-                build.say(f"\n=> {step.name}: {step.command}\n")
-                outcome = await self._node.execute(vm_id, Command(step.command, "sh", STEP_S), build.hear)
-                if outcome.exit_code:
-                    why = outcome.reason or f"exit code {outcome.exit_code}"
-                    raise SnapshotError(
-                        f"{step.name} failed ({why}): {(outcome.stderr or outcome.stdout).strip()[-1000:]}"
-                    )
-            if steps(args.model_dump()):
-                build.say("\ntaking the snapshot\n")
-                await self._node.snapshot(vm_id, build.row.id)
-        build.say("booting it once, so that its sandboxes start fast\n")
-        await self._node.prepare(build.row.id, ask.vcpu_count, ask.memory_mb)
+    def _changing(self, build: Build) -> Callable[..., None]:
+        def change(**values: object) -> None:
+            build.row = replace(build.row, **values)  # type: ignore[arg-type]
+            self._rows.change(build.row)
 
-    @asynccontextmanager
-    async def _sandbox(self, tenant: Tenant, build: Build, ask: CreateSnapshot) -> AsyncIterator[str]:
-        """A sandbox of the image, for as long as the block lasts. Booting it shows that the image runs."""
-        build.say("booting a sandbox of it\n")
-        wanted = CreateVm(
-            vcpu_count=ask.vcpu_count,
-            memory_mb=ask.memory_mb,
-            vm_lifetime_seconds=BUILD_LIFETIME_S,
-            metadata={"instavm.build": build.row.id},
-        )
-        session = await self._sessions.create(tenant, wanted, image=build.row.id)
-        try:
-            yield (await self._sessions.ready(session)).id
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._sessions.kill(session)
+        return change
 
-    def _change(self, build: Build, **values: object) -> None:
-        build.row = replace(build.row, **values)  # type: ignore[arg-type]
-        self._rows.change(build.row)
+
+def _size(stored: Stored) -> int:
+    return stored.own_bytes + stored.shared_bytes
 
 
 def complete(row: SnapshotRow) -> bool:
     return row.status not in UNFINISHED
 
 
-def _ended(row: SnapshotRow, status: str, *, size_bytes: int = 0, last_error: str | None = None) -> SnapshotRow:
+def _ended(row: SnapshotRow, status: str, size_bytes: int = 0, last_error: str | None = None) -> SnapshotRow:
     now = datetime.now(UTC)
     return replace(row, status=status, size_bytes=size_bytes, last_error=last_error, finished_at=now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -27,6 +27,8 @@ from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, Isolat
 
 log = logging.getLogger(__name__)
 
+ON_PURPOSE: Final = (EndReason.KILLED, EndReason.LIFETIME, EndReason.SERVER_STOPPED)
+"""Ends of sandboxes that are well until then."""
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
 
@@ -149,6 +151,8 @@ class Vms:
         self._live: dict[str, Vm] = {}
         self._stopping = False
         self._leaving = False
+        self.before_end: Callable[[Vm], Awaitable[None]] | None = None
+        """What is to be done with a sandbox that is up and about to be ended."""
         node.on_end(self._ended)
 
     def __len__(self) -> int:
@@ -290,6 +294,12 @@ class Vms:
                         await self._replace(vm, vm.resumes)
                     while vm.asked_why is None and vm.lifecycle.state is State.ACTIVE:
                         await self._until_asked(vm)
+                    if (
+                        self.before_end is not None
+                        and vm.asked_why in ON_PURPOSE
+                        and vm.lifecycle.state is State.ACTIVE
+                    ):
+                        await self.before_end(vm)
                 if vm.lifecycle.state is State.SUSPENDED and vm.asked_why is EndReason.KILLED:
                     await self._node.forget(vm.id)
                 if vm.lifecycle.state is not State.SUSPENDED or vm.asked_why is EndReason.KILLED:

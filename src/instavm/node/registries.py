@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from instavm.node import npmrc
 from instavm.node.agent import Agent
 from instavm.node.network.policy import HTTP, HTTPS, Registry
 from instavm.sandbox import Command
@@ -23,34 +24,47 @@ HOSTS_MAX: Final = 64
 ANSWER_MAX: Final = 64 << 10
 HOST: Final = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 APT: Final = 'command -v apt-get >/dev/null && apt-get --print-uris update | cut -d "\'" -f 2'
-NPM: Final = "command -v npm >/dev/null && npm config list --json"
-PIP: Final = """command -v python3 >/dev/null && python3 - <<'END'
-from pip._internal.commands import create_command
+PIP: Final = r"""python=$(command -v python3 || command -v python) && "$python" - <<'END'
+import configparser, os, sys
 from pip._internal.models.index import PyPI
-options, _ = create_command("install").parse_args([])
-print(options.index_url, *options.extra_index_urls, *options.find_links, sep="\\n")
-if options.index_url.rstrip("/") == PyPI.simple_url.rstrip("/"):
+def normal(name):
+    return name.lower().replace("_", "-").lstrip("-")
+home, own = os.path.expanduser("~"), os.environ.get("PIP_CONFIG_FILE", "")
+places = [path + "/pip" for path in os.environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":")] + ["/etc"]
+if not os.path.exists(own):
+    places += [home + "/.pip", os.environ.get("XDG_CONFIG_HOME", home + "/.config") + "/pip"]
+files = [place + "/pip.conf" for place in [*places, sys.prefix]] + [own]
+given = {}
+for path in files if own != os.devnull else []:
+    parser = configparser.RawConfigParser()
+    parser.read(path)
+    for section in parser.sections():
+        given.update(((section, normal(name)), value) for name, value in parser.items(section))
+for name, value in os.environ.items():
+    if name.startswith("PIP_"):
+        given[":env:", normal(name[4:])] = value
+chosen = {}
+for wanted in ("global", "install", ":env:"):
+    chosen.update((name, value) for (section, name), value in given.items() if section == wanted and value)
+index = chosen.get("index-url") or chosen.get("pypi-url") or PyPI.simple_url
+print(index, *chosen.get("extra-index-url", "").split(), *chosen.get("find-links", "").split(), sep="\n")
+if index.rstrip("/") == PyPI.simple_url.rstrip("/"):
     print("https://" + PyPI.file_storage_domain)
 END"""
-ASKED: Final = hashlib.sha256(f"{APT}\n{PIP}\n{NPM}".encode()).hexdigest()[:16]
+"""pip's own order of files and environment, and its own defaults; all of pip takes ten times as long to start under emulation."""
+ASKED: Final = hashlib.sha256(f"{APT}\n{PIP}\n{npmrc.FACTS}".encode()).hexdigest()[:16]
 """Changes with the questions."""
 
 
 async def ask(agent: Agent) -> tuple[Registry, ...]:
     """What apt, pip and npm are set up for; those that are not there have nothing to say."""
-    urls = [*await _lines(agent, APT), *await _lines(agent, PIP)]
-    try:
-        npm = json.loads("\n".join(await _lines(agent, NPM)) or "{}")
-    except ValueError:
-        npm = {}
-    if isinstance(npm, dict):
-        urls += [str(value) for key, value in npm.items() if key.endswith("registry")]
+
+    async def run(code: str) -> str:
+        done = await agent.execute(Command(code, "sh", ASK_S))
+        return done.stdout[:ANSWER_MAX] if done.exit_code == 0 else ""
+
+    urls = [*(await run(APT)).splitlines(), *(await run(PIP)).splitlines(), *await npmrc.registries(run)]
     return tuple(found(urls))[:HOSTS_MAX]
-
-
-async def _lines(agent: Agent, code: str) -> list[str]:
-    done = await agent.execute(Command(code, "sh", ASK_S))
-    return done.stdout[:ANSWER_MAX].splitlines() if done.exit_code == 0 else []
 
 
 def found(urls: Iterable[str]) -> Iterator[Registry]:

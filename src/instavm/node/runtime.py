@@ -34,6 +34,7 @@ from instavm.node.layers import DEEP, Layers, held
 from instavm.node.live import Sandbox, Steps, told
 from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
+from instavm.node.registries import ask as ask_registries
 from instavm.node.registries import to_json
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
@@ -330,6 +331,11 @@ class Runtime:
 
     async def set_egress(self, vm_id: str, egress: Egress) -> None:
         await self._open(self._usable(vm_id).prepared, egress)
+
+    async def ask_registries(self, vm_id: str) -> None:
+        sandbox = self._usable(vm_id)
+        with told(sandbox):
+            sandbox.prepared.registries = await ask_registries(sandbox.agent)
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         if (last := self._egress_logs.pop(vm_id, None)) is not None:

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from instavm import limits
 from instavm.wire.base import Timestamp, Wire
+from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import Vcpus, or_
 
@@ -54,7 +55,10 @@ class BuildArgs(Wire):
 
 
 class CreateSnapshot(Wire):
-    """`POST /v1/snapshots`. Credentials are used once, to fetch the image, and kept nowhere."""
+    """`POST /v1/snapshots`. Credentials are used once, to fetch the image, and kept nowhere.
+
+    egress_policy: what the build may reach besides package registries and the host of `git_clone_url`.
+    """
 
     oci_image: Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_plain)]
     name: str | None = Field(None, max_length=200)
@@ -64,6 +68,7 @@ class CreateSnapshot(Wire):
     build_args: Annotated[BuildArgs, or_(BuildArgs())] = Field(default_factory=BuildArgs)
     registry_username: str | None = None
     registry_password: SecretStr | None = None
+    egress_policy: SetEgress | None = None
 
 
 class Snapshot(Wire):
@@ -93,13 +98,18 @@ class Snapshot(Wire):
 
 
 class SnapshotLog(Wire):
-    """What a build has printed from character `offset` on; ask again from `next_offset` until `is_complete`."""
+    """What a build has printed from character `offset` on; ask again from `next_offset` until `is_complete`.
+
+    stage: what it is at. progress: 0 to 1, by stages.
+    """
 
     snapshot_id: str
     status: str
     log: str
     next_offset: int
     is_complete: bool
+    stage: str = ""
+    progress: float = 1.0
 
 
 class DeletedSnapshot(Wire):

@@ -4,8 +4,9 @@ import subprocess
 
 import pytest
 
-from instavm.control.builds import steps
+from instavm.control.builds import reach, steps
 from instavm.errors import InvalidInput
+from instavm.sandbox import Egress
 from instavm.wire.snapshots import BuildArgs, CreateSnapshot
 from instavm.wire.validation import refusal
 
@@ -82,3 +83,26 @@ def test_a_password_is_shown_nowhere():
         {"oci_image": "a", "registry_password": "s3cr3t", "build_args": {"envs": {"K": "v4lue"}}}
     )
     assert "s3cr3t" not in repr(ask) and "s3cr3t" not in ask.model_dump_json() and "v4lue" not in repr(ask)
+
+
+CLONES = {"git_clone_url": "https://Git.Test/a.git"}
+
+
+@pytest.mark.parametrize(
+    ("args", "policy", "egress"),
+    [
+        ({}, None, Egress(packages=True)),
+        (CLONES, None, Egress(packages=True, domains=("git.test",))),
+        ({"git_clone_url": "git@git.test:a"}, None, Egress(packages=True)),
+        ({"git_clone_url": "http://10.0.0.1/a"}, None, Egress(packages=True)),
+        ({}, {"allow_package_managers": False}, Egress()),
+        (CLONES, {"allowed_domains": ["a.test"]}, Egress(packages=True, domains=("a.test", "git.test"))),
+        (CLONES, {"allowed_domains": ["git.test"]}, Egress(packages=True, domains=("git.test",))),
+        (CLONES, {"allow_https": True}, Egress(packages=True, https=True)),
+        (CLONES, {"allow_http": True, "allowed_cidrs": ["10.0.0.0/8"]}, None),
+    ],
+)
+def test_what_a_build_may_reach(args, policy, egress):
+    ask = CreateSnapshot.model_validate({"oci_image": "a", "build_args": args, "egress_policy": policy})
+    named = Egress(packages=True, http=True, domains=("git.test",), cidrs=("10.0.0.0/8",))
+    assert reach(ask) == (named if egress is None else egress)

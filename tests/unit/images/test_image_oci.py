@@ -11,6 +11,7 @@ from oci_made import entry, folder, layer, layout
 
 from instavm.errors import SnapshotError
 from instavm.node.images import oci
+from instavm.node.images.plain import make_plain
 from instavm.sandbox import Pull
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +67,26 @@ async def test_layers_become_one_tree(tmp_path, work):
     assert debugfs("cat", "/hard") == "one" and "Links: 2" in debugfs("stat", "/file")
     assert "user.note" in debugfs("ea_list", "/file")
     assert "/etc/passwd" in debugfs("stat", "/soft")
+
+
+async def test_layers_of_zstd(tmp_path, work):
+    layers = (layer(entry("file", b"below"), entry("gone", b"x")), layer(entry("file", b"above"), entry(".wh.gone")))
+    debugfs = await files_of(layout(tmp_path / "layout", *layers, packed="zstd"), work)
+    assert debugfs("cat", "/file") == "above" and "gone" not in debugfs("ls", "/")
+
+
+async def test_a_bomb_of_zstd_is_ended_while_it_is_unpacked(tmp_path, work):
+    reference = layout(tmp_path / "layout", layer(entry("zeros", bytes(1 << 20))), packed="zstd")
+    one = image(reference, work)
+    await one.resolve()
+    for most, words in ((100_000, "more than its disk"), (4 << 20, None)):
+        place = work / f"{most}"
+        await one._skopeo("copy", "--quiet", reference, f"oci:{place}:image")
+        if words is None:
+            assert await make_plain(place, most, ()) and not await make_plain(place, most, ())
+            continue
+        with pytest.raises(SnapshotError, match=words):
+            await make_plain(place, most, ())
 
 
 async def test_what_is_resolved(tmp_path, work):

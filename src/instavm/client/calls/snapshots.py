@@ -19,12 +19,14 @@ def create(
     build_args: Mapping[str, Any] | None = None,
     registry_username: str | None = None,
     registry_password: str | None = None,
+    egress_policy: Mapping[str, Any] | None = None,
 ) -> Call[Snapshot]:
     """Begin to build a snapshot from an OCI image; ask `get` until its status is `ready` or `failed`.
 
     oci_image: `python:3.12-slim`, `host:port/name@sha256:…`; on the server's disk `oci:/path:tag`, `docker-archive:/path`.
     build_args: `extra_apt_packages`, `extra_pip_packages`, `extra_npm_packages`, `git_clone_url`, `git_clone_branch`, `envs`,
         `post_build_cmd`, `disk_size_gb`; all of it runs in a sandbox of the image. Raises: InvalidInput, QuotaExceededError.
+    egress_policy: what that may reach besides package registries and the host of `git_clone_url`; fields as for VMs.
     """
     given = ask(
         wire.CreateSnapshot,
@@ -36,6 +38,7 @@ def create(
         build_args=build_args,
         registry_username=registry_username,
         registry_password=registry_password,
+        egress_policy=egress_policy,
     )
     body = given.model_dump_json(exclude_unset=True)
     if registry_password is not None:
@@ -56,7 +59,7 @@ def get(snapshot_id: str) -> Call[Snapshot]:
 
 
 def logs(snapshot_id: str, offset: int = 0) -> Call[Record]:
-    """What the build has printed from character `offset` on: `log`, `next_offset`, `is_complete`."""
+    """What the build has printed from character `offset` on: `log`, `next_offset`, `is_complete`, `stage`, `progress`."""
     path = f"/v1/snapshots/{segment(snapshot_id)}/logs"
     return Call("GET", path, record(Record, wire.SnapshotLog), params={"offset": str(offset)})
 

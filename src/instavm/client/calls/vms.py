@@ -38,7 +38,7 @@ def list_all_records() -> Call[list[VmRecord]]:
 
 
 def update(vm_id: str, **wanted: Any) -> Call[VmRecord]:
-    """`metadata`, `auto_suspend`, `auto_resume`."""
+    """`metadata`, `auto_suspend`, `auto_resume`, `snapshot_on_terminate`, `snapshot_name`."""
     body = ask(wire.UpdateVm, **wanted).model_dump_json(exclude_unset=True).encode()
     return _call("PATCH", _path(vm_id), VmRecord, wire.Vm, body)
 
@@ -72,7 +72,11 @@ def clone(vm_id: str, wait: bool = True, snapshot_name: str | None = None) -> Ca
 
 
 def snapshot(vm_id: str, wait: bool = True, name: str | None = None) -> Call[Snapshot]:
-    """A snapshot of the disk of a VM, which goes on. Raises: SnapshotError, DiskFull, QuotaExceededError."""
+    """A snapshot of the disk of a VM, which goes on.
+
+    wait: until it has been booted once, so that VMs of it start fast; else it is `creating` until then.
+    Raises: SnapshotError, DiskFull, QuotaExceededError.
+    """
     body = ask(wire.SnapshotVm, name=name).model_dump_json(exclude_unset=True).encode()
     params = {"wait": _word(wait)}
     path = _path(vm_id, "snapshot")

@@ -41,8 +41,16 @@ async def get(snapshot_id: str, caller: Caller, here: Here) -> wire.Snapshot:
 async def logs(
     snapshot_id: str, caller: Caller, here: Here, offset: Annotated[int, Query(ge=0)] = 0
 ) -> wire.SnapshotLog:
-    row, text, end = await here.snapshots.log_of(caller, snapshot_id, offset)
-    return wire.SnapshotLog(snapshot_id=row.id, status=row.status, log=text, next_offset=end, is_complete=complete(row))
+    build = await here.snapshots.log_of(caller, snapshot_id)
+    return wire.SnapshotLog(
+        snapshot_id=build.row.id,
+        status=build.row.status,
+        log=build.text[max(0, offset - build.left_out) :],
+        next_offset=build.left_out + len(build.text),
+        is_complete=complete(build.row),
+        stage=build.stage,
+        progress=build.progress,
+    )
 
 
 @router.post("/v1/snapshots/garbage")

@@ -142,11 +142,14 @@ async def fork(vm_id: str, ask: wire.ForkVm, caller: Caller, here: Here, once: O
 
 @router.post("/v1/vms/{vm_id}/snapshot", response_model=Snapshot)
 async def snapshot(
-    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.SnapshotVm | None = None
+    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.SnapshotVm | None = None, wait: bool = True
 ) -> Response:
+    """Its disk is kept when this answers. wait: until it has been booted once and is `ready`; else it is `creating`."""
+
     async def make() -> Snapshot:
         session, _ = await _up(here, caller, vm_id)
-        return snapshots.record(await here.snapshots.take(caller, session, None if ask is None else ask.name))
+        name = None if ask is None else ask.name
+        return snapshots.record(await here.snapshots.take(caller, session, name, wait=wait))
 
     return await once.run(make)
 
@@ -160,7 +163,7 @@ async def clone(
     async def make() -> wire.Cloned:
         session, _ = await _up(here, caller, vm_id)
         name = None if ask is None else ask.snapshot_name
-        taken = await here.snapshots.take(caller, session, name)
+        taken = await here.snapshots.take(caller, session, name, boot=False)
         row = session.row
         wanted = wire.CreateVm(
             vm_lifetime_seconds=row.lifetime_s,

@@ -23,6 +23,7 @@ import anyio.to_thread
 
 from instavm import limits
 from instavm.errors import DiskFull, SnapshotError
+from instavm.node.images.plain import make_plain
 from instavm.node.images.workshop import require
 from instavm.sandbox import Pull
 
@@ -71,7 +72,7 @@ class Image:
     """One image on its way to a disk. `folder` is its own, and its owner removes it."""
 
     def __init__(self, ask: Pull, folder: Path, progress: Progress) -> None:
-        require("skopeo", "umoci", "mke2fs")
+        require("skopeo", "umoci", "mke2fs", "zstd")
         self._ask = ask
         self._folder = folder
         self._progress = progress
@@ -102,6 +103,8 @@ class Image:
         self._progress("fetching its layers")
         await self._skopeo("copy", "--quiet", *self._options_of_copy(), self._source, f"oci:{layout}:image")
         most = (self._ask.disk_gib or limits.BUILD_DISK_GIB_MAX) << 30
+        if await make_plain(layout, most, _ALONE):
+            self._progress("layers of zstd are unpacked")
         used = await anyio.to_thread.run_sync(look_through, layout, most)
         size_gib = self._ask.disk_gib or min(
             limits.BUILD_DISK_GIB_MAX, max(DISK_GIB_DEFAULT, math.ceil(used * 1.5 / 2**30) + 1)
