@@ -39,7 +39,10 @@ class Settings(BaseSettings):
     runtime_dir: Path = Field(default_factory=_runtime_dir)
     """Sockets. Mode 0700."""
 
-    driver: Literal["auto", "qemu"] = "auto"
+    driver: Literal["auto", "qemu", "firecracker"] = "auto"
+    """`auto`: Firecracker where it is installed and a guest boots on it, else QEMU."""
+    firecracker: Path | None = None
+    """The program; None = as found in PATH. Its jailer lies beside it."""
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
     """`auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
 

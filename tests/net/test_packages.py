@@ -25,7 +25,9 @@ async def real(settings, short_folder, anyio_backend):
 
 async def test_small_packages_install(real):
     sandbox = await real(Egress(packages=True))
-    pip = await sandbox.bash("pip install --no-deps iniconfig && python3 -c 'import iniconfig; print(iniconfig.__file__)'", 240)
+    pip = await sandbox.bash(
+        "pip install --no-deps iniconfig && python3 -c 'import iniconfig; print(iniconfig.__file__)'", 240
+    )
     assert pip.exit_code == 0, pip.stdout[-2000:] + pip.stderr[-2000:]
     npm = await sandbox.bash(
         "cd /tmp && npm install is-number && node -e \"console.log(require('is-number')(5))\"", 240

@@ -43,6 +43,8 @@ class Walls:
     devices: tuple[str, ...] = ()
     groups: tuple[int, ...] = ()
     """Supplementary groups, for devices that only a group may open."""
+    placed: tuple[tuple[Path, str], ...] = ()
+    """Files that it sees, to read, at another place than the host has them."""
 
 
 def arguments(walls: Walls, *, says: int, go: int, seccomp: int) -> list[str]:
@@ -52,6 +54,7 @@ def arguments(walls: Walls, *, says: int, go: int, seccomp: int) -> list[str]:
     """
     seen = [*PROGRAM_FILES, walls.program, *([] if walls.uid is None else [SETPRIV])]
     binds = [argument for path in seen for argument in ("--ro-bind", path, path)]
+    binds += [argument for file, place in walls.placed for argument in ("--ro-bind", str(file), place)]
     devices = [argument for path in ("/dev/null", *walls.devices) for argument in ("--dev-bind", path, path)]
     return [
         *(BINARY, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
@@ -60,7 +63,9 @@ def arguments(walls: Walls, *, says: int, go: int, seccomp: int) -> list[str]:
         *("--cap-drop", "ALL", *(() if walls.uid is None else _caps("SETUID", "SETGID", "SETPCAP"))),
         *(
             argument
-            for folder in _folders(["/dev/null", *seen, *walls.devices, str(walls.home)])
+            for folder in _folders(
+                ["/dev/null", *seen, *walls.devices, *(place for _, place in walls.placed), str(walls.home)]
+            )
             for argument in ("--dir", folder)
         ),
         *binds,

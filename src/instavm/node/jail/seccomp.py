@@ -59,13 +59,13 @@ class _Compare(ctypes.Structure):
 
 
 @functools.cache
-def program() -> bytes:
-    """The filter, as the kernel takes it (struct sock_filter[]). Raises HostNotReady."""
+def program(more: tuple[str, ...] = ()) -> bytes:
+    """The filter, as the kernel takes it (struct sock_filter[]); `more` are allowed too. Raises HostNotReady."""
     library = _library()
     context = library.seccomp_init(_ERRNO | errno.EPERM)
     try:
         _check(library.seccomp_attr_set(context, _ACT_BADARCH, _KILL))
-        for name in _ALLOWED.split():
+        for name in (*_ALLOWED.split(), *more):
             _rule(library, context, _ALLOW, name)
         # threads, but no namespaces; clone3's flags are out of a filter's sight, without it libc falls back to clone
         _rule(library, context, _ALLOW, "clone", _Compare(0, _MASKED_EQ, _CLONE_NEW, 0))
