@@ -83,7 +83,10 @@ class Places(BaseSettings):
 class Settings(Places):
     """All that a server can be told in `INSTAVM_*`. Times are seconds, sizes MiB, unless a name says more."""
 
-    driver: Literal["auto", "qemu"] = "auto"
+    driver: Literal["auto", "qemu", "firecracker"] = "auto"
+    """`auto`: Firecracker where it is installed and a guest boots on it, else QEMU."""
+    firecracker: Path | None = None
+    """The program; None = as found in PATH. Its jailer lies beside it."""
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
     """`auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
 

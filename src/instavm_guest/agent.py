@@ -34,6 +34,7 @@ class Agent:
         self._env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "SHELL": "/bin/bash"}
         self._cwd = "/app"
         self._identified = False
+        self._addressed = False
         self._programs = Programs(self, line)
         self._interpreter = Interpreter(self, self._programs, python())
         self._javascript = Interpreter(self, self._programs, javascript())
@@ -101,6 +102,11 @@ class Agent:
 
     def _from_host(self, event: int) -> None:
         data = self._link.read()
+        if data is None:
+            self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
+            if not self._addressed:  # who hung up before the first word may not have heard ours
+                self._hello()
+            return
         if not data:
             if event & select.POLLHUP:
                 self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
@@ -111,6 +117,7 @@ class Agent:
         except frames.FrameError:  # what a server that died had half-sent; the one that takes over asks again
             self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
             return
+        self._addressed = True
         for kind, request, payload in received:
             try:
                 if kind >= frames.PUT:

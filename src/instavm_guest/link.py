@@ -25,7 +25,7 @@ class SerialLink:
     def fileno(self) -> int:
         return self._fd
 
-    def read(self) -> bytes:
+    def read(self) -> bytes | None:
         """What has arrived; b"" when the host has gone away (it may come back)."""
         data = self._read()
         if len(data) < BUFFER:
@@ -60,29 +60,58 @@ class SerialLink:
 
 
 class VsockLink:
-    """A listener on the sandbox's own CID; the host connects, and connects again after a restore."""
+    """A listener on the sandbox's own CID; the host connects, and connects again after a restore.
+
+    Its descriptor is the host's connection, and the listener while there is none: who polls it need not know which.
+    """
 
     def __init__(self, port: int = VSOCK_PORT) -> None:
         self._server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         self._server.bind((socket.VMADDR_CID_ANY, port))
         self._server.listen(4)
-        self._peer, _ = self._server.accept()
+        self._fd = os.dup(self._server.fileno())
+        self._there = False
+        self._accept()
 
     def fileno(self) -> int:
-        return self._peer.fileno()
+        return self._fd
 
-    def read(self) -> bytes:
+    def read(self) -> bytes | None:
+        """What has arrived; b"" for nothing, None when the host has gone away (it may come back)."""
+        if not self._there:
+            self._accept()
+            return b""
         try:
-            data = self._peer.recv(65536)
-        except ConnectionResetError:
+            data = os.read(self._fd, 65536)
+        except OSError:
             data = b""
-        if not data:
-            self._peer.close()
-            self._peer, _ = self._server.accept()
-        return data
+        if data:
+            return data
+        self._hang_up()
+        return None
 
     def write(self, data: bytes) -> None:
-        self._peer.sendall(data)
+        """To whoever is there; when that is nobody, all of it to who comes next."""
+        while True:
+            if not self._there:
+                self._accept()
+            view = memoryview(data)
+            try:
+                while view:
+                    view = view[os.write(self._fd, view) :]
+                return
+            except OSError:
+                self._hang_up()
+
+    def _accept(self) -> None:
+        peer, _ = self._server.accept()
+        with peer:
+            os.dup2(peer.fileno(), self._fd, inheritable=False)
+        self._there = True
+
+    def _hang_up(self) -> None:
+        os.dup2(self._server.fileno(), self._fd, inheritable=False)
+        self._there = False
 
 
 def open_link() -> SerialLink | VsockLink:

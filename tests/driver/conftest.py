@@ -1,12 +1,16 @@
 """The driver seam on every driver that this host can run."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from instavm.node.images.store import ImageStore
 from instavm.node.jail.jail import Jails
 from instavm.node.templates import Templates
+from instavm.node.vmm import firecracker, qemu
+from instavm.node.vmm.firecracker import FirecrackerDriver
 from instavm.node.vmm.qemu import QemuDriver
 
 
@@ -36,15 +40,27 @@ def image(images):
     return images.ensure_default()
 
 
-@pytest.fixture(scope="session", params=["tcg"])
+@pytest.fixture(scope="session", params=os.environ.get("INSTAVM_TEST_DRIVERS", "tcg").split(","))
 async def driver(request, settings, anyio_backend):
-    """KVM joins the list where it works; the machines that this is developed on have none that does."""
+    """`tcg`, and where KVM works `kvm` and `firecracker`: in the rig of tests/kvm, which names them in the environment."""
     settings.state_dir.mkdir(mode=0o700, exist_ok=True)
     with Jails.open(settings) as jails:
-        driver = QemuDriver(request.param, jails)
+        driver = (
+            FirecrackerDriver(settings, jails) if request.param == "firecracker" else QemuDriver(request.param, jails)
+        )
         await driver.version()
         yield driver
         driver.close()
+
+
+@pytest.fixture
+def missing(driver, monkeypatch):
+    """The VMM is not on this host. How it is to be had."""
+    if isinstance(driver, FirecrackerDriver):
+        monkeypatch.setattr(driver, "_settings", driver._settings.model_copy(update={"firecracker": Path("/none")}))
+        return firecracker.HOW_TO_GET
+    monkeypatch.setattr(qemu, "BINARY", "qemu-system-none")
+    return qemu.HOW_TO_GET
 
 
 @pytest.fixture(scope="session")

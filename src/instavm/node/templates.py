@@ -234,8 +234,9 @@ class Templates:
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
             await _qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
-            for leftover in ("qmp.sock", "agent.sock", "vmm.log"):
-                (folder / leftover).unlink(missing_ok=True)
+            for leftover in folder.iterdir():
+                if leftover.is_socket() or leftover.is_fifo():
+                    leftover.unlink()
             await anyio.to_thread.run_sync(_seal, folder, template, registries)
 
     async def _boot(self, template: Template, image: Image, disk: Path, folder: Path) -> tuple[Registry, ...]:

@@ -76,8 +76,9 @@ class Shelf:
         """Note that this build is in use; a read-only cache is fine."""
         try:
             os.utime(self._folder / key)
-        except PermissionError:
-            return
+        except OSError as exc:
+            if exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
 
     def _build(self, key: str, make: Make, needs_bytes: int, lock_fd: int, progress: Progress) -> Path:
         free = shutil.disk_usage(self._folder).free

@@ -47,6 +47,8 @@ class Walls:
     """What else of the host it may read; None: what QEMU needs."""
     environment: Mapping[str, str] = field(default_factory=dict)
     hostname: str = "vmm"
+    placed: tuple[tuple[Path, str], ...] = ()
+    """Files that it sees, to read, at another place than the host has them."""
 
 
 def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -> list[str]:
@@ -58,6 +60,7 @@ def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -
     seen = [*files, walls.program, *([] if walls.uid is None else [SETPRIV])]
     home = [] if walls.home is None else [str(walls.home)]
     binds = [argument for path in seen for argument in ("--ro-bind", path, path)]
+    binds += [argument for file, place in walls.placed for argument in ("--ro-bind", str(file), place)]
     devices = [argument for path in ("/dev/null", *walls.devices) for argument in ("--dev-bind", path, path)]
     return [
         *(BINARY, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
@@ -67,7 +70,9 @@ def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -
         *("--cap-drop", "ALL", *(() if walls.uid is None else _caps("SETUID", "SETGID", "SETPCAP"))),
         *(
             argument
-            for folder in _folders(["/dev/null", *seen, *walls.devices, *home], files)
+            for folder in _folders(
+                ["/dev/null", *seen, *walls.devices, *home, *(place for _, place in walls.placed)], files
+            )
             for argument in ("--dir", folder)
         ),
         *binds,

@@ -53,6 +53,10 @@ class Needs:
     """Files in `home` that it may write; it can make, rename and remove none."""
     descriptors: tuple[int, ...] = ()
     kvm: bool = False
+    placed: tuple[tuple[Path, str], ...] = ()
+    """Files that it sees, to read, at another place than the host has them."""
+    calls: tuple[str, ...] = ()
+    """System calls that it may make beside those that every VMM may."""
 
 
 class Cage:
@@ -67,14 +71,20 @@ class Cage:
         self.over_memory = False
         """Whether the host ended it for using more memory than it may; known once it was removed."""
 
+    def own(self, file: Path) -> None:
+        """Let what runs in it have a file of its folder. Raises OSError."""
+        if self.uid is not None:
+            os.chown(file, self.uid, self.uid)
+
     def idle(self, idle: bool) -> None:
         if self._cgroups is not None:
             self._cgroups.idle(self.machine, idle, self._vcpus)
 
     def remove(self) -> None:
-        """Once the VMM is gone. Twice is fine."""
+        """Once the VMM is gone; what else runs in it is ended. Twice is fine."""
         try:
             if self._cgroups is not None:
+                self._cgroups.end(self.machine)
                 self.over_memory = self.over_memory or self._cgroups.over_memory(self.machine)
                 self._cgroups.remove(self.machine)
         finally:
@@ -129,15 +139,19 @@ class Jails:
         Raises: HostNotReady (a step of the jail failed), BootFailed; whatever was done is undone then.
         """
         if not self.on:
-            popen = _spawn(argv, needs.descriptors, output)
+            popen = spawn(argv, needs.descriptors, output)
             return Jailed(popen.pid, popen, Cage(needs.home.name, None, None, None, needs.vcpus))
-        cage = await anyio.to_thread.run_sync(self._make, needs)
+        cage = await self.make(needs)
         try:
-            return await self._start(argv, needs, output, cage)
+            return await self.enter(cage, argv, needs, output)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(cage.remove)
             raise
+
+    async def make(self, needs: Needs) -> Cage:
+        """A cage with nothing in it yet; whoever asked removes it. Raises HostNotReady."""
+        return await anyio.to_thread.run_sync(self._make, needs)
 
     def adopt(self, pid: int, home: Path) -> Cage:
         """The cage of a VMM that an earlier server started."""
@@ -168,15 +182,16 @@ class Jails:
             raise HostNotReady(f"{exc.filename}: a jail can't be made: {exc.strerror}") from exc
         return cage
 
-    async def _start(self, argv: Sequence[str], needs: Needs, output: int, cage: Cage) -> Jailed:
-        walls = Walls(argv[0], needs.home, cage.uid, *_kvm(needs))
+    async def enter(self, cage: Cage, argv: Sequence[str], needs: Needs, output: int) -> Jailed:
+        """Run a program in a cage. Raises HostNotReady, BootFailed; it has ended then."""
+        walls = Walls(argv[0], needs.home, cage.uid, *_kvm(needs), placed=needs.placed)
         said, say = socket.socketpair()
         waits, go = socket.socketpair()
         with said, say, waits, go:
-            with readable(seccomp.program()) as filter_fd:
+            with readable(seccomp.program(needs.calls)) as filter_fd:
                 told = {"says": say.fileno(), "go": waits.fileno(), "seccomp": filter_fd}
                 command = [*bubblewrap.arguments(walls, **told), *argv]
-                popen = _spawn(command, (*needs.descriptors, *told.values()), output)
+                popen = spawn(command, (*needs.descriptors, *told.values()), output)
             pid = None
             try:
                 say.close()
@@ -185,17 +200,17 @@ class Jails:
                     pid = await bubblewrap.told_pid(said.fileno())
                 if pid is None:
                     raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail")
-                await anyio.to_thread.run_sync(self._confine, cage, pid)
+                await anyio.to_thread.run_sync(self.confine, cage, pid)
                 go.sendall(b"!")
             except BaseException as exc:
                 with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(_end, popen, pid)
+                    await anyio.to_thread.run_sync(end, popen, pid)
                 if isinstance(exc, TimeoutError):
                     raise HostNotReady(f"{bubblewrap.BINARY} made no jail within {WALLS_S:.0f} s") from exc
                 raise
         return Jailed(pid, popen, cage)
 
-    def _confine(self, cage: Cage, pid: int) -> None:
+    def confine(self, cage: Cage, pid: int) -> None:
         """Limits for a process that has not begun yet."""
         try:
             if self.cgroups is not None:
@@ -278,11 +293,13 @@ def _kvm(needs: Needs) -> tuple[tuple[str, ...], tuple[int, ...]]:
     )
 
 
-def _spawn(argv: Sequence[str], descriptors: Sequence[int], output: int) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: Sequence[str], descriptors: Sequence[int], output: int, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """In a session of its own, with SIGXFSZ ignored as it is here: a file at its limit is an error to report, not the end."""
     return subprocess.Popen(
         argv,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=output,
         stderr=output,
         pass_fds=descriptors,
@@ -293,7 +310,8 @@ def _spawn(argv: Sequence[str], descriptors: Sequence[int], output: int) -> subp
     )
 
 
-def _end(popen: subprocess.Popen[bytes], pid: int | None) -> None:
+def end(popen: subprocess.Popen[bytes], pid: int | None) -> None:
+    """A process that has just been started, and what it started."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

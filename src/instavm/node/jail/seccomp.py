@@ -39,7 +39,7 @@ execve setuid setgid setgroups setresuid setresgid setreuid setregid capset
 """The last line is what setpriv needs to become the VMM without rights; without capabilities none of it gains anything,
 and there is no other program in the jail to execute."""
 
-API = "socketpair rename renameat renameat2 mkdir fchmod"
+API = ("socketpair", "rename", "renameat", "renameat2", "mkdir", "fchmod")
 """What the API's process does beyond that: its event loop's own wake-up, its log's rotation, SQLite."""
 
 _ALLOW = 0x7FFF0000
@@ -62,13 +62,13 @@ class _Compare(ctypes.Structure):
 
 
 @functools.cache
-def program(more: str = "") -> bytes:
+def program(more: tuple[str, ...] = ()) -> bytes:
     """The filter, as the kernel takes it (struct sock_filter[]). more: calls beyond a VMM's. Raises HostNotReady."""
     library = _library()
     context = library.seccomp_init(_ERRNO | errno.EPERM)
     try:
         _check(library.seccomp_attr_set(context, _ACT_BADARCH, _KILL))
-        for name in f"{_ALLOWED} {more}".split():
+        for name in (*_ALLOWED.split(), *more):
             _rule(library, context, _ALLOW, name)
         # threads, but no namespaces; clone3's flags are out of a filter's sight, without it libc falls back to clone
         _rule(library, context, _ALLOW, "clone", _Compare(0, _MASKED_EQ, _CLONE_NEW, 0))

@@ -125,14 +125,18 @@ def _put(target: int, areas: list[Area], offset: int, data: bytes, size: int) ->
 
 
 def _areas(pid: int, memory: Path) -> list[Area]:
-    """Known by the copy of `memory` that they map. Raises BootFailed: there is no such mapping."""
+    """Known by what they map: `memory` itself, or a copy of it. Raises BootFailed: there is no such mapping."""
     found = []
+    about = memory.stat()
     for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
-        places, mode, offset, _, _, *name = line.split(maxsplit=5)
-        if name and name[0].startswith(f"/memfd:{NAME}") and mode[0] == "r" and mode[3] == "p":
+        places, mode, offset, device, inode, *name = line.split(maxsplit=5)
+        major, minor = (int(part, 16) for part in device.split(":"))
+        itself = (os.makedev(major, minor), int(inode)) == (about.st_dev, about.st_ino)
+        copy = bool(name) and name[0].startswith(f"/memfd:{NAME}")
+        if (itself or copy) and mode[0] == "r" and mode[3] == "p":
             begin, end = (int(part, 16) for part in places.split("-"))
             found.append(Area(begin, end - begin, int(offset, 16)))
-    if not found or sum(area.size for area in found) != memory.stat().st_size:
+    if not found or sum(area.size for area in found) != about.st_size:
         raise BootFailed(f"process {pid} does not map {memory} as its guest's memory")
     return found
 

@@ -10,14 +10,14 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Self
 
 import anyio
 
-from instavm.errors import HostNotReady
-from instavm.node.jail.jail import Cage, Jails, Needs
+from instavm.errors import BootFailed, HostNotReady
+from instavm.node.jail.jail import Cage, Jailed, Jails
 
 UNKNOWN_STATUS = -255
 """The exit status of an adopted process: only its parent could have learnt it."""
@@ -65,17 +65,20 @@ class VMMProcess:
         self._background: bool | None = None
 
     @classmethod
-    async def spawn(cls, argv: Sequence[str], jails: Jails, needs: Needs, *, log: Path) -> Self:
-        """Raises HostNotReady, when it can't be jailed or started; OSError."""
+    async def spawn(cls, start: Callable[[int], Awaitable[Jailed]], *, log: Path) -> Self:
+        """start: starts it, with its output to the descriptor it is called with.
+
+        Raises HostNotReady, when it can't be jailed or started; OSError.
+        """
         words = Words(log)
         try:
-            jailed = await jails.start(argv, needs, words.fd)
+            jailed = await start(words.fd)
             return cls(jailed.pid, jailed.cage, words, jailed.parent)
         except BaseException as exc:
             said = words.last()
             words.close()
-            if isinstance(exc, HostNotReady):
-                raise HostNotReady(f"{exc} {said}".strip()) from exc
+            if isinstance(exc, (HostNotReady, BootFailed)):
+                raise type(exc)(f"{exc} {said}".strip()) from exc
             raise
 
     @classmethod
@@ -126,13 +129,18 @@ class VMMProcess:
                 os.close(pidfd)
         return status
 
+    def stop(self) -> None:
+        """SIGKILL, without waiting; `kill` does the rest."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     async def kill(self) -> None:
         """SIGKILL and reap, and remove its cage; a VMM has nothing to say good-bye for. Twice is fine."""
         with anyio.CancelScope(shield=True):
             if self._pidfd < 0:
                 return
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self.stop()
             await self.wait()
             await anyio.to_thread.run_sync(self.cage.remove)
             self._words.last()
