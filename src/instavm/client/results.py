@@ -139,6 +139,7 @@ class SessionInfo(Record):
     memory_mb: int
     metadata: dict[str, Any]
     env_keys: list[str]
+    egress_policy: EgressPolicy
     start: Start | None
 
 
