@@ -99,7 +99,7 @@ def known(state):
 
 
 @pytest.mark.anyio
-async def test_an_api_that_was_broken_into_stays_in_its_jail(own, outside):
+async def test_an_api_that_was_broken_into_stays_in_its_jail(own, outside, monkeypatch):
     """The program that tries to get out of a VMM's jail, in this one. In its own folder it may do as it likes."""
     folder = own.control_dir
     there = {**outside, "home": str(folder), "note": str(folder / "sandbox.json"), "way": "control"}
@@ -107,12 +107,17 @@ async def test_an_api_that_was_broken_into_stays_in_its_jail(own, outside):
     given = (outside["layer_fd"], outside["memory_fd"])
     with confined.confinement(own) as around:
         (folder / "disk.qcow2").write_text("its own")
-        with around.around([sys.executable, "-I", "-S", str(PROGRAM), json.dumps(there)]) as started:
-            process = subprocess.Popen(
-                started.command, pass_fds=(*given, *started.descriptors), stdout=subprocess.PIPE, text=True
-            )
-        os.close(started.says)
-        said, _ = process.communicate(timeout=60)
+        out, into = os.pipe()
+
+        def spawned(command, descriptors):
+            return subprocess.Popen(command, pass_fds=descriptors, stdout=into)
+
+        monkeypatch.setattr(confined, "spawned", spawned)
+        process, _ = around.start([sys.executable, "-I", "-S", str(PROGRAM), json.dumps(there)], given)
+        os.close(into)
+        with os.fdopen(out) as says:
+            said = says.read()
+        process.wait()
     got = json.loads(said.splitlines()[-1])
     assert len(got) > 80
     assert {name for name, what in got.items() if what is not None} <= {

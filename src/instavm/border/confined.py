@@ -12,7 +12,9 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import site
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -36,26 +38,45 @@ LIBRARIES: Final = ("/etc/ld.so.cache", "/usr/lib/x86_64-linux-gnu", "/usr/lib64
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A command line with its walls in front, and the descriptors that it needs besides its own."""
-
-    command: Sequence[str]
-    descriptors: tuple[int, ...]
-    says: int
-    """Where bubblewrap says which number the process has. The caller closes it."""
-
-
-@dataclass(frozen=True, slots=True)
 class Confinement:
     uid: int
     settings: Settings
 
-    @contextmanager
-    def around(self, command: Sequence[str]) -> Iterator[Started]:
-        """`command`: a Python and its arguments; files that they name can be read. Raises HostNotReady."""
+    def start(self, command: Sequence[str], descriptors: Sequence[int] = ()) -> tuple[subprocess.Popen[bytes], int]:
+        """Run a program in here; what we have to reap, and the program's own number.
+
+        command: a Python and its arguments; files that they name can be read. Raises HostNotReady.
+        """
+        heard, says = os.pipe()
+        waits, go = os.pipe()
+        with os.fdopen(heard, "rb") as hears, os.fdopen(go, "wb", 0) as goes:
+            try:
+                with readable(seccomp.program(seccomp.API)) as filter_fd:
+                    told = {"says": says, "go": waits, "seccomp": filter_fd}
+                    jailed = [*bubblewrap.arguments(self._walls(command), **told), *command]
+                    process = spawned(jailed, (*descriptors, *told.values()))
+            finally:
+                os.close(says)
+                os.close(waits)
+            if not (said := hears.read()):
+                process.wait()
+                raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail for the API")
+            pid = bubblewrap.pid_in(said)
+            try:
+                for limit, value in LIMITS.items():
+                    resource.prlimit(pid, limit, (value, value))
+            except OSError as exc:
+                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                raise HostNotReady(f"the API's process can't be confined: {exc}") from exc
+            goes.write(b"!")
+        return process, pid
+
+    def _walls(self, command: Sequence[str]) -> Walls:
         python, *arguments = command
         named = [word for word in arguments if word.startswith("/") and Path(word).is_file()]
-        walls = Walls(
+        return Walls(
             python,
             self.settings.control_dir,
             self.uid,
@@ -63,18 +84,11 @@ class Confinement:
             environment={"PATH": os.defpath, "HOME": "/", **self.settings.environment()},
             hostname="api",
         )
-        heard, says = os.pipe()
-        try:
-            with readable(seccomp.program(seccomp.API)) as filter_fd:
-                jailed = [*bubblewrap.arguments(walls, says=says, seccomp=filter_fd), *command]
-                yield Started(jailed, (says, filter_fd), heard)
-        finally:
-            os.close(says)
 
-    def limit(self, pid: int) -> None:
-        """What the kernel lets it have. Raises ProcessLookupError."""
-        for limit, value in LIMITS.items():
-            resource.prlimit(pid, limit, (value, value))
+
+def spawned(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that a Ctrl-C at the server's terminal does not reach it."""
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
 
 
 @contextmanager

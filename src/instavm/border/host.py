@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
@@ -19,11 +18,10 @@ from typing import Final
 
 import anyio
 
-from instavm.border.confined import Confinement
+from instavm.border.confined import Confinement, spawned
 from instavm.border.service import serve
 from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
-from instavm.node.jail import bubblewrap
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,13 @@ class ControlProcess:
         passes = {"link": theirs.fileno(), "ready": ready, **control.passes}
         options = [option for name, fd in passes.items() for option in (f"--{name}-fd", str(fd))]
         try:
-            self._start([*control.command, *options], tuple(passes.values()), control.confinement)
+            command, around = [*control.command, *options], control.confinement
+            if around is None:
+                self._process = spawned(command, tuple(passes.values()))
+                self._pidfd = os.pidfd_open(self._process.pid)
+            else:
+                self._process, pid = around.start(command, tuple(passes.values()))
+                self._pidfd = os.pidfd_open(pid)
         except BaseException:
             self.link.close()
             os.close(self._words)
@@ -60,25 +64,6 @@ class ControlProcess:
         finally:
             theirs.close()
             os.close(ready)
-
-    def _start(self, command: Sequence[str], descriptors: tuple[int, ...], confinement: Confinement | None) -> None:
-        if confinement is None:
-            self._process = _spawn(command, descriptors)
-            self._pidfd = os.pidfd_open(self._process.pid)
-            return
-        with confinement.around(command) as started:
-            self._process = _spawn(started.command, (*descriptors, *started.descriptors))
-        with os.fdopen(started.says, "rb") as says:
-            said = says.read()
-        if not said:
-            self._process.wait()
-            raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail for the API")
-        pid = bubblewrap.pid_in(said)
-        try:
-            self._pidfd = os.pidfd_open(pid)
-            confinement.limit(pid)
-        except ProcessLookupError as exc:
-            raise HostNotReady(f"the API's process ended before it began: {_HINT}") from exc
 
     async def ready(self) -> None:
         """Wait until it answers calls. Raises what kept it from it."""
@@ -153,7 +138,3 @@ async def host(
 async def _tell_when_ready(process: ControlProcess, ready: Callable[[], None]) -> None:
     await process.ready()
     ready()
-
-
-def _spawn(command: Sequence[str], descriptors: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
