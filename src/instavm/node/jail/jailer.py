@@ -20,6 +20,8 @@ from instavm.node.jail.jail import WALLS_S, Cage, Jailed, Jails, end, spawn
 
 ID = "m"
 """The jailer's name of a machine, short since paths of sockets are; the machine's own is that of its folder."""
+JAIL_OPTION = "--chroot-base-dir"
+"""In the command lines of all that becomes a Firecracker; the folder of its machine follows."""
 RIGHTS = ("chown", "dac_override", "fowner", "setgid", "setuid", "sys_admin", "sys_chroot", "sys_resource", "mknod")
 """What the jailer needs. It drops all of them with its uid, and without new privileges nothing can be had again."""
 _UCRED = struct.Struct("3i")
@@ -98,7 +100,7 @@ def arguments(cell: Cell, uid: int, limits: dict[int, int]) -> list[str]:
         *("sh", "-c", _BEGIN, "sh", fuse, str(cell.root)),
         *(part for file, place in cell.shown for part in (str(file), place)),
         *("--", str(cell.jailer), "--id", ID, "--exec-file", str(cell.firecracker)),
-        *("--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", str(cell.home)),
+        *("--uid", str(uid), "--gid", str(uid), JAIL_OPTION, str(cell.home)),
         *(part for limit, name in names.items() for part in ("--resource-limit", f"{name}={limits[limit]}")),
         *("--", "--api-sock", "/api.sock", "--level", "Warn"),
     ]
