@@ -30,9 +30,13 @@ _WAIT = """\
 exec </dev/null
 for fd in $IVM_FDS; do eval "exec $fd>&-"; done
 wait $!
+status=$?
+if [ "$(stat -c %u /proc/$IVM_DISK)" = "$IVM_UID" ]; then kill -9 $IVM_DISK; fi
+exit $status
 """
-"""Starts what follows as the first process of a process namespace, and ends as it ends. It must not hold the disk's descriptor:
-a file system whose server is gone is given up by the kernel only when nobody holds that."""
+"""Starts what follows as the first process of a process namespace, and ends as it ends, with the server of its disk, whatever
+became of ours. It must not hold the disk's descriptor: a file system whose server is gone is given up by the kernel only
+when nobody holds that."""
 _BEGIN = """\
 set -e
 mount -t proc proc /proc
@@ -59,6 +63,8 @@ class Cell:
     """The machine's folder."""
     fuse: int
     """An opened /dev/fuse: whoever serves the other side of it is the disk, `/disk`."""
+    disk: int
+    """The process that does, which ends with this one."""
     shown: tuple[tuple[Path, str], ...]
     """Files of the host, to be read only, and what they are called inside."""
     network: int | None
@@ -95,7 +101,8 @@ def arguments(cell: Cell, uid: int, limits: dict[int, int]) -> list[str]:
     return [
         *(("unshare", "--net") if cell.network is None else ("nsenter", f"--net=/proc/self/fd/{cell.network}")),
         *("--", "unshare", "--mount", "--pid", "--ipc", "--uts", "--cgroup", "--"),
-        *("env", f"IVM_FDS={given}", "bash", "--norc", "--noprofile", "-c", _WAIT, "bash", "env", "-u", "IVM_FDS"),
+        *("env", f"IVM_FDS={given}", f"IVM_DISK={cell.disk}", f"IVM_UID={uid}"),
+        *("bash", "--norc", "--noprofile", "-c", _WAIT, "bash", "env", "--ignore-environment", f"PATH={os.defpath}"),
         *("setpriv", "--no-new-privs", f"--bounding-set={rights}", "--"),
         *("sh", "-c", _BEGIN, "sh", fuse, str(cell.root)),
         *(part for file, place in cell.shown for part in (str(file), place)),

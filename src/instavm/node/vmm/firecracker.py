@@ -305,11 +305,11 @@ class FirecrackerDriver:
                     assert tap is not None, "a machine with a network device needs a tap"
                     namespace, name = _let_go(tap, opened)
                     network = {"host_dev_name": name, **network_limits(self._settings)}
-                cell = Cell(firecracker, jail, home, fuse, shown, namespace)
 
                 async def start(output: int) -> Jailed:
                     server = await DiskServer.start(self._jails, cage, needs, disk, saved.layers, fuse, output)
                     servers.append(server)
+                    cell = Cell(firecracker, jail, home, fuse, server.pid, shown, namespace)
                     return await jailer.start(self._jails, cage, cell, output)
 
                 process = await VMMProcess.spawn(start, log=home / "vmm.log")
@@ -317,7 +317,8 @@ class FirecrackerDriver:
             with anyio.CancelScope(shield=True):
                 await _undo(servers, cage)
             raise
-        made = FirecrackerMachine(process, Api(cell.root, process.last_words), servers[0], cell.root, saved)
+        root = jailer.root_of(home, firecracker)
+        made = FirecrackerMachine(process, Api(root, process.last_words), servers[0], root, saved)
         try:
             process.in_background(background)
             await made._api.ready(lambda: process.alive)
