@@ -88,7 +88,9 @@ class Settings(Places):
     firecracker: Path | None = None
     """The program; None = as found in PATH. Its jailer lies beside it."""
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
-    """`auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
+    """Of QEMU. `auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
+    probe_timeout_s: float = Field(8.0, gt=0)
+    """That deadline. Hardware virtualisation needs well under a second; what takes longer is not what a sandbox should run on."""
 
     jail: Literal["on", "off"] = "on"
     """`off`: VMMs run as the server's own user with all its rights. Only for a host that can't do better."""

@@ -118,27 +118,38 @@ async def test_a_disk_that_is_missing_is_named(driver, template, home):
         await driver.prepare(template.saved, home / "no-such-disk", home, background=False)
 
 
-async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(guest, monkeypatch):
+async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(settings, guest):
     """Emulation boots, given its time; a deadline that nothing can keep is reported as such and leaves no process."""
-    monkeypatch.setattr(choose, "PROBE_DEADLINE_S", 60.0)
-    assert await choose.probe(guest, "tcg") == (True, "a guest booted with tcg")
-    monkeypatch.setattr(choose, "PROBE_DEADLINE_S", 0.1)
-    works, words = await choose.probe(guest, "tcg")
-    assert not works and "does not boot on it within" in words
+    patient = settings.model_copy(update={"probe_timeout_s": 60.0})
+    found = await choose.boots("qemu-tcg", choose.qemu_command(guest, "tcg"), patient)
+    assert (found.works, found.words) == (True, "a guest booted with qemu-tcg")
+    hasty = settings.model_copy(update={"probe_timeout_s": 0.1})
+    found = await choose.boots("qemu-tcg", choose.qemu_command(guest, "tcg"), hasty)
+    assert not found.works and "does not boot on it with qemu-tcg within" in found.words
 
 
-async def test_the_answer_of_the_probe_is_remembered(settings, driver, monkeypatch):
+@pytest.mark.parametrize(
+    ("works", "chosen"),
+    [
+        ({"firecracker": True, "qemu-kvm": True}, ("firecracker", "kvm")),
+        ({"firecracker": False, "qemu-kvm": True}, ("qemu", "kvm")),
+        ({"firecracker": False, "qemu-kvm": False}, ("qemu", "emulated")),
+    ],
+)
+async def test_the_best_driver_that_works_is_chosen_and_the_answer_is_remembered(
+    settings, driver, monkeypatch, tmp_path, works, chosen
+):
     asked = []
 
-    async def ask(guest):
+    async def ask(settings, guest):
         asked.append(guest)
-        return False, "it was asked"
+        return tuple(choose.Finding(name, ok, f"{name} was asked", 0.2) for name, ok in works.items())
 
     monkeypatch.setattr(choose, "probe", ask)
     monkeypatch.setattr(choose, "KVM_DEVICE", settings.cache_dir / "images")  # something that is there and opens
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    automatic = settings.model_copy(update={"acceleration": "auto"})
+    automatic = settings.model_copy(update={"acceleration": "auto", "driver": "auto", "state_dir": tmp_path})
     for _ in range(2):
-        chosen, words = await choose.choose(automatic, driver._jails)
-        assert (chosen.tier, words) == ("emulated", "it was asked")
+        found, words = await choose.choose(automatic, driver._jails)
+        assert (found.name, found.tier) == chosen
+        assert "was asked" in words
     assert len(asked) == 1

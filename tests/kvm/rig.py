@@ -86,6 +86,9 @@ JOB_BYTES = 512 << 20
 BOOT_S = 240.0
 APPEND = "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check"
 
+SLOW = {"INSTAVM_RESTORE_TIMEOUT_S": "120", "INSTAVM_PROBE_TIMEOUT_S": "120"}
+"""Settings for a host on which everything takes twenty times as long."""
+
 
 class RigFailed(Exception):
     """The rig itself did not work; says nothing about what it was to run."""
@@ -278,6 +281,17 @@ class Rig:
                 (work.folder / name).unlink(missing_ok=True)
 
         return self._shelf.ensure(recipes.key(parts), make, needs_bytes=2 << 30, progress=self._progress)
+
+    def pytest(self, drivers, arguments, *, deadline_s, output=lambda text: None, env=None, **more):
+        """Run tests of the project there, for these rows of the driver contract. Raises RigFailed."""
+        how = ("pytest", "-v", "-p", "no:cacheprovider", "--rootdir=/job", f"--timeout={deadline_s:.0f}", "--tb=short")
+        env = {
+            "INSTAVM_TEST_DRIVERS": ",".join(drivers),
+            "INSTAVM_BOOT_TIMEOUT_S": str(deadline_s),
+            **SLOW,
+            **(env or {}),
+        }
+        return self.run([*how, *arguments], deadline_s=deadline_s, env=env, output=output, **more)
 
     def run(self, argv, *, deadline_s, env=None, files=(), output=lambda text: None):
         """Run a program of the project in the machine; once more when the rig itself fails. Raises RigFailed."""

@@ -14,7 +14,7 @@ from instavm.node.images.store import ImageStore
 from instavm.node.jail import jail
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.network import space
-from instavm.node.vmm import qemu
+from instavm.node.vmm import choose, firecracker, qemu
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}
@@ -35,7 +35,8 @@ def checks(settings: Settings) -> Iterator[Check]:
         found = shutil.which(program)
         yield Check(program, found is not None, found or "not found", f"apt-get install {package}")
     yield _jail(settings)
-    yield _kvm()
+    yield _firecracker(settings)
+    yield from _kvm(settings)
     yield _network()
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
     yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
@@ -61,13 +62,27 @@ def _jail(settings: Settings) -> Check:
         return Check("jail", False, str(exc), jail.HOW_TO_GET)
 
 
-def _kvm() -> Check:
+def _kvm(settings: Settings) -> Iterator[Check]:
     """Never a failure: without KVM sandboxes are emulated, and say so."""
-    if not jail.KVM_DEVICE.exists():
-        return Check("kvm", True, "no /dev/kvm: sandboxes run on the emulated tier")
-    if not os.access(jail.KVM_DEVICE, os.R_OK | os.W_OK):
-        return Check("kvm", True, "/dev/kvm is not yours to open (group kvm): sandboxes run on the emulated tier")
-    return Check("kvm", True, "/dev/kvm opens; whether a guest boots on it is tried when the server starts")
+    if (refused := choose.closed()) is not None:
+        yield Check("kvm", True, f"{refused}: sandboxes run on the emulated tier")
+        return
+    found = choose.recorded(settings)
+    if found is None:
+        yield Check(
+            "kvm", True, f"{jail.KVM_DEVICE} opens; whether a guest boots on it is tried when the server starts"
+        )
+        return
+    for one in found:
+        yield Check(one.driver, True, f"{one.words} (tried for {one.seconds:.1f} s)")
+
+
+def _firecracker(settings: Settings) -> Check:
+    """A failure only for who has asked for it."""
+    try:
+        return Check("firecracker", True, firecracker.installed_version(settings))
+    except InstaVMError as exc:
+        return Check("firecracker", settings.driver != "firecracker", str(exc), firecracker.HOW_TO_GET)
 
 
 def _network() -> Check:

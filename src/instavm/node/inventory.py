@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 
 from instavm.node.jail.cgroups import Cgroups
+from instavm.node.jail.jailer import JAIL_OPTION, find_root
 
+_ROOT = Path("/")
 VMMS = ("qemu-system", "firecracker")
 JAILERS = ("bwrap",)
 """What starts a VMM and waits for its end; known by the same folder in its command line."""
@@ -32,16 +34,15 @@ def take(state_dir: Path) -> Inventory:
     folder = state_dir / "machines"
     homes = frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset[str]()
     groups = Cgroups(state_dir).machines() if state_dir.is_dir() else frozenset[str]()
-    return Inventory(frozenset(process.pid for process in vmm_processes(folder)), homes, groups)
+    return Inventory(frozenset(process.pid for process in vmm_processes(folder) if not _serves(process)), homes, groups)
 
 
 def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psutil.Process]:
     """VMM processes whose disk lies under `folder`: known by what they run on, not by a number written down somewhere."""
-    mark = f"{folder}/"
     for process in psutil.process_iter():
         try:
-            ours = any(mark in argument for argument in process.cmdline())
-            if ours and _program(process.pid).startswith(kinds):
+            wanted = _program(process.pid).startswith(kinds) or (kinds != VMMS and JAIL_OPTION in process.cmdline())
+            if wanted and _place(process, folder) is not None:
                 yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
             continue
@@ -54,17 +55,49 @@ def _program(pid: int) -> str:
 
 def running(folder: Path) -> dict[str, int]:
     """Machines under `folder` that run: name → pid."""
-    return {name: process.pid for process in vmm_processes(folder) if (name := _machine(process, folder)) is not None}
+    return {
+        name: process.pid
+        for process in vmm_processes(folder)
+        if (name := _machine(process, folder)) is not None and not _serves(process)
+    }
+
+
+def _serves(process: psutil.Process) -> bool:
+    """Whether it is only the disk of a machine whose VMM is another process."""
+    try:
+        return process.cmdline()[1:3] == ["-M", "none"]
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return True
 
 
 def _machine(process: psutil.Process, folder: Path) -> str | None:
     """The machine that a VMM process is; None when it has ended meanwhile."""
+    place = _place(process, folder)
+    return None if place is None else place.partition(f"{folder}/")[2].partition("/")[0]
+
+
+def _place(process: psutil.Process, folder: Path) -> str | None:
+    """A path under `folder` that it runs on: one in its command line, or the folder that it sees as its root."""
     mark = f"{folder}/"
     try:
-        place = next(argument for argument in process.cmdline() if mark in argument)
-    except (psutil.NoSuchProcess, StopIteration):
+        named = next((argument for argument in process.cmdline() if mark in argument), None)
+        if named is not None:
+            return named
+        root = Path(f"/proc/{process.pid}/root").stat()
+        own = _ROOT.stat()
+        if (root.st_dev, root.st_ino) == (own.st_dev, own.st_ino):
+            return None
+        for home in (folder, *folder.iterdir()):
+            jail = find_root(home)
+            if (
+                jail is not None
+                and (found := jail.stat())
+                and (found.st_dev, found.st_ino) == (root.st_dev, root.st_ino)
+            ):
+                return f"{home}/"
+    except (psutil.NoSuchProcess, OSError):
         return None
-    return place.partition(mark)[2].partition("/")[0]
+    return None
 
 
 def clear(state_dir: Path, keep: frozenset[str] = frozenset()) -> list[int]:

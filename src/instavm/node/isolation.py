@@ -170,6 +170,13 @@ def _member_of(pid: int) -> dict[str, str]:
     return {names or "unified": group for _, names, group in lines}
 
 
+def _held(process: Mapping[str, Any]) -> Iterator[str]:
+    """The bounding set says what a program could gain by starting others; without new privileges that is nothing."""
+    for name, value in process["capabilities"].items():
+        if name != "bounding" or not process["no_new_privileges"]:
+            yield value
+
+
 def _weaker(told: Mapping[str, Any]) -> Iterator[str]:
     """In words, what this sandbox lacks of what a host of ours can give."""
     process = told["process"]
@@ -179,7 +186,7 @@ def _weaker(told: Mapping[str, Any]) -> Iterator[str]:
         yield "INSTAVM_JAIL=off: the VMM is not confined and has all the rights of its server"
     if process["uid"] == [os.getuid()]:
         yield "the VMM has no uid of its own: it runs as its server's user"
-    if any(int(value, 16) for value in process["capabilities"].values()):
+    if any(int(value, 16) for value in _held(process)):
         yield "the VMM has capabilities"
     if process["seccomp"] != "filter" or not process["no_new_privileges"]:
         yield "the VMM's system calls are not filtered, or it may gain privileges"

@@ -20,6 +20,8 @@ from instavm.node.jail.jail import WALLS_S, Cage, Jailed, Jails, end, spawn
 
 ID = "m"
 """The jailer's name of a machine, short since paths of sockets are; the machine's own is that of its folder."""
+JAIL_OPTION = "--chroot-base-dir"
+"""In the command lines of all that becomes a Firecracker; the folder of its machine follows."""
 RIGHTS = ("chown", "dac_override", "fowner", "setgid", "setuid", "sys_admin", "sys_chroot", "sys_resource", "mknod")
 """What the jailer needs. It drops all of them with its uid, and without new privileges nothing can be had again."""
 _UCRED = struct.Struct("3i")
@@ -28,9 +30,13 @@ _WAIT = """\
 exec </dev/null
 for fd in $IVM_FDS; do eval "exec $fd>&-"; done
 wait $!
+status=$?
+if [ "$(stat -c %u /proc/$IVM_DISK)" = "$IVM_UID" ]; then kill -9 $IVM_DISK; fi
+exit $status
 """
-"""Starts what follows as the first process of a process namespace, and ends as it ends. It must not hold the disk's descriptor:
-a file system whose server is gone is given up by the kernel only when nobody holds that."""
+"""Starts what follows as the first process of a process namespace, and ends as it ends, with the server of its disk, whatever
+became of ours. It must not hold the disk's descriptor: a file system whose server is gone is given up by the kernel only
+when nobody holds that."""
 _BEGIN = """\
 set -e
 mount -t proc proc /proc
@@ -57,6 +63,8 @@ class Cell:
     """The machine's folder."""
     fuse: int
     """An opened /dev/fuse: whoever serves the other side of it is the disk, `/disk`."""
+    disk: int
+    """The process that does, which ends with this one."""
     shown: tuple[tuple[Path, str], ...]
     """Files of the host, to be read only, and what they are called inside."""
     network: int | None
@@ -93,12 +101,13 @@ def arguments(cell: Cell, uid: int, limits: dict[int, int]) -> list[str]:
     return [
         *(("unshare", "--net") if cell.network is None else ("nsenter", f"--net=/proc/self/fd/{cell.network}")),
         *("--", "unshare", "--mount", "--pid", "--ipc", "--uts", "--cgroup", "--"),
-        *("env", f"IVM_FDS={given}", "bash", "--norc", "--noprofile", "-c", _WAIT, "bash", "env", "-u", "IVM_FDS"),
+        *("env", f"IVM_FDS={given}", f"IVM_DISK={cell.disk}", f"IVM_UID={uid}"),
+        *("bash", "--norc", "--noprofile", "-c", _WAIT, "bash", "env", "--ignore-environment", f"PATH={os.defpath}"),
         *("setpriv", "--no-new-privs", f"--bounding-set={rights}", "--"),
         *("sh", "-c", _BEGIN, "sh", fuse, str(cell.root)),
         *(part for file, place in cell.shown for part in (str(file), place)),
         *("--", str(cell.jailer), "--id", ID, "--exec-file", str(cell.firecracker)),
-        *("--uid", str(uid), "--gid", str(uid), "--chroot-base-dir", str(cell.home)),
+        *("--uid", str(uid), "--gid", str(uid), JAIL_OPTION, str(cell.home)),
         *(part for limit, name in names.items() for part in ("--resource-limit", f"{name}={limits[limit]}")),
         *("--", "--api-sock", "/api.sock", "--level", "Warn"),
     ]

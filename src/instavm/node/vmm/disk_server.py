@@ -81,6 +81,12 @@ class DiskServer:
         await made._monitor.connect(home / SOCKET)
         return made
 
+    @property
+    def pid(self) -> int:
+        """Of one that was started here."""
+        assert self._jailed is not None
+        return self._jailed.pid
+
     async def serve(self) -> None:
         """Answer, once the file is mounted. Raises BootFailed."""
         nodes = await self._monitor.execute("query-block")

@@ -135,15 +135,14 @@ class FirecrackerMachine:
 
     async def save(self, state: Path) -> None:
         assert self._saved is not None
-        await self._snapshot("Full", state, self._saved.memory)
-        await anyio.to_thread.run_sync(_dig_holes, self._saved.memory)
+        await self._snapshot(state, self._saved.memory)  # the first since power on: it holds all that was ever written
 
     async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
         # Firecracker's own pages since its last snapshot are not all that differ from the template, so these are found as
         # they are for any VMM; what it writes of them here is thrown away.
         with created(changes) as into:
             since = self._root / "since"
-            await self._snapshot("Diff", state, since)
+            await self._snapshot(state, since)
             since.unlink()
             await anyio.to_thread.run_sync(pages.save, self.pid, memory, into)
 
@@ -188,11 +187,14 @@ class FirecrackerMachine:
         await self._api.call("PATCH", "/vm", {"state": "Resumed"})
         self._running.set()
 
-    async def _snapshot(self, kind: str, state: Path, memory: Path) -> None:
-        """Both files are Firecracker's first, and ours when this returns."""
+    async def _snapshot(self, state: Path, memory: Path) -> None:
+        """Devices, and the pages written since the last time, with holes in place of the others.
+
+        Both files are Firecracker's first, and ours when this returns.
+        """
         made = {"snapshot_path": self._root / "made-state", "mem_file_path": self._root / "made-memory"}
         paths = {name: f"/{path.name}" for name, path in made.items()}
-        await self._api.call("PUT", "/snapshot/create", {"snapshot_type": kind, **paths})
+        await self._api.call("PUT", "/snapshot/create", {"snapshot_type": "Diff", **paths})
         for path, final in zip(made.values(), (state, memory), strict=True):
             os.chown(path, os.geteuid(), os.getegid())
             path.chmod(0o600)
@@ -303,11 +305,11 @@ class FirecrackerDriver:
                     assert tap is not None, "a machine with a network device needs a tap"
                     namespace, name = _let_go(tap, opened)
                     network = {"host_dev_name": name, **network_limits(self._settings)}
-                cell = Cell(firecracker, jail, home, fuse, shown, namespace)
 
                 async def start(output: int) -> Jailed:
                     server = await DiskServer.start(self._jails, cage, needs, disk, saved.layers, fuse, output)
                     servers.append(server)
+                    cell = Cell(firecracker, jail, home, fuse, server.pid, shown, namespace)
                     return await jailer.start(self._jails, cage, cell, output)
 
                 process = await VMMProcess.spawn(start, log=home / "vmm.log")
@@ -315,7 +317,8 @@ class FirecrackerDriver:
             with anyio.CancelScope(shield=True):
                 await _undo(servers, cage)
             raise
-        made = FirecrackerMachine(process, Api(cell.root, process.last_words), servers[0], cell.root, saved)
+        root = jailer.root_of(home, firecracker)
+        made = FirecrackerMachine(process, Api(root, process.last_words), servers[0], root, saved)
         try:
             process.in_background(background)
             await made._api.ready(lambda: process.alive)
@@ -345,14 +348,6 @@ def _let_go(tap: int, opened: ExitStack) -> tuple[int, str]:
     os.dup2(nothing, tap, inheritable=False)
     os.close(nothing)
     return namespace, name
-
-
-def _dig_holes(memory: Path) -> None:
-    """Firecracker writes out every page; most of them hold nothing."""
-    try:
-        subprocess.run(["fallocate", "--dig-holes", str(memory)], check=True, capture_output=True)
-    except (OSError, subprocess.SubprocessError) as exc:
-        raise BootFailed(f"{memory}: what is empty of it can't be given back: {exc}") from exc
 
 
 def programs(settings: Settings) -> tuple[Path, Path]:

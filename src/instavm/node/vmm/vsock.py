@@ -13,7 +13,7 @@ from anyio.abc import ByteStream
 
 from instavm_guest.link import VSOCK_PORT
 
-ANSWER_S = 0.1
+ANSWER_S = 0.2
 """The first CONNECT after a snapshot was loaded gets no answer: the guest resets its vsock then. So the first is not waited
 for long; each that follows is given twice the time."""
 ANSWER_MAX_S = 2.0

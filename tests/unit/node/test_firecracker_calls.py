@@ -1,0 +1,80 @@
+"""What Firecracker is told is a pure function of the spec, and what it is started in one of its cell."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from instavm.errors import HostNotReady
+from instavm.node.jail import jailer
+from instavm.node.jail.jailer import Cell
+from instavm.node.vmm import firecracker
+from instavm.node.vmm.base import MachineSpec
+from instavm.settings import Settings
+
+SPEC = MachineSpec(Path("/k/bzImage"), Path("/i"), Path("/s"), vcpus=3, memory_mib=300)
+CELL = Cell(Path("/bin/firecracker"), Path("/bin/jailer"), Path("/m/1"), 7, 99, ((Path("/t/memory"), "memory"),), 9)
+SETTINGS = Settings(io_mib_per_s=2, io_operations_per_s=100, egress_mbit_per_s=8)
+
+
+def told(network=None):
+    return {path: body for _, path, body in firecracker.calls(SPEC, firecracker.disk_limits(SETTINGS), network)}
+
+
+def test_the_machine_has_the_size_that_was_asked_for():
+    machine = told()["/machine-config"]
+    assert (machine["vcpu_count"], machine["mem_size_mib"]) == (3, 300)
+
+
+def test_the_system_disk_is_read_only_and_no_disk_uses_io_uring():
+    assert told()["/drives/system"]["is_read_only"] and not told()["/drives/root"]["is_read_only"]
+    assert {told()[f"/drives/{name}"]["io_engine"] for name in ("system", "root")} == {"Sync"}
+
+
+def test_the_disk_has_the_limits_of_the_settings():
+    limiter = told()["/drives/root"]["rate_limiter"]
+    assert limiter["bandwidth"] == {"size": 2 << 20, "refill_time": 1000}
+    assert limiter["ops"] == {"size": 100, "refill_time": 1000}
+
+
+def test_the_network_has_the_limits_of_the_settings_both_ways():
+    limits = firecracker.network_limits(SETTINGS)
+    assert (
+        limits["rx_rate_limiter"]
+        == limits["tx_rate_limiter"]
+        == {"bandwidth": {"size": 1_000_000, "refill_time": 1000}}
+    )
+    assert firecracker.network_limits(SETTINGS.model_copy(update={"egress_mbit_per_s": None})) == {}
+
+
+def test_a_network_device_is_there_only_for_a_spec_that_has_one_and_metadata_never():
+    assert not any("network" in path or "mmds" in path for path in told())
+    device = told({"host_dev_name": "tap0"})["/network-interfaces/net"]
+    assert device["host_dev_name"] == "tap0"
+
+
+def test_every_path_it_is_told_is_one_of_its_jail():
+    """So a state that was saved in one jail can be loaded in any other."""
+    paths = {body.get("path_on_host") for body in told().values()} | {told()["/boot-source"]["kernel_image_path"]}
+    assert paths - {None} == {"/system", "/disk", "/kernel"}
+
+
+def test_it_is_started_by_its_jailer_with_its_own_uid_in_the_namespace_of_its_network():
+    command = jailer.arguments(CELL, 1234, {1: 5000, 7: 256})
+    assert command[:2] == ["nsenter", "--net=/proc/self/fd/9"]
+    assert command[command.index("--uid") + 1] == command[command.index("--gid") + 1] == "1234"
+    assert "fsize=5000" in command and "no-file=256" in command
+    assert jailer.arguments(replace(CELL, network=None), 1, {1: 1, 7: 1})[:2] == ["unshare", "--net"]
+
+
+def test_a_firecracker_that_is_too_old_or_without_its_jailer_is_named(tmp_path):
+    program = tmp_path / "firecracker"
+    program.write_text("#!/bin/sh\necho 'Firecracker v1.7.0'\n")
+    program.chmod(0o755)
+    settings = SETTINGS.model_copy(update={"firecracker": program})
+    with pytest.raises(HostNotReady, match="its jailer"):
+        firecracker.installed_version(settings)
+    (tmp_path / "jailer").write_text("#!/bin/sh\necho 'Jailer v1.7.0'\n")
+    (tmp_path / "jailer").chmod(0o755)
+    with pytest.raises(HostNotReady, match=r"1\.7\.0 is too old"):
+        firecracker.installed_version(settings)
