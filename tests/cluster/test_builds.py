@@ -1,8 +1,11 @@
 """Snapshots built from OCI images, whole: fetched from a registry, built in a sandbox, booted, and what goes wrong on the way."""
 
+import json
 import signal
+import socket
 import time
 
+import debian_made
 import oci_made
 import pytest
 from oci_made import busybox, entry, layer, layout
@@ -25,11 +28,13 @@ def built(client, image, **more):
     return ended(client, made.snapshot_id)
 
 
-def ended(client, snapshot_id):
-    """Follow a build to its end."""
-    deadline, offset, text = time.monotonic() + 240, 0, ""
+def ended(client, snapshot_id, stages=None):
+    """Follow a build to its end; `stages` gets what it was at, and how far."""
+    deadline, offset, text = time.monotonic() + 540, 0, ""
     while True:
         told = client.snapshots.logs(snapshot_id, offset)
+        if stages is not None and told["stage"] not in stages:
+            stages[told["stage"]] = told["progress"]
         text, offset = text + told["log"], told["next_offset"]
         if told["is_complete"]:
             return client.snapshots.get(snapshot_id), text
@@ -40,6 +45,56 @@ def ended(client, snapshot_id):
 def started(client, snapshot_id):
     client.session_id = client.vms.create(snapshot_id=snapshot_id, vcpu_count=1, memory_mb=256)["session_id"]
     return client
+
+
+REGISTRIES = ("deb.debian.org", "pypi.org", "files.pythonhosted.org", "registry.npmjs.org")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_everything_that_a_build_can_add(servers, internet, tmp_path):
+    """A Debian with apt, pip, npm and git in it, the real registries, and a git server out there."""
+    internet.names(
+        {name: sorted({one[4][0] for one in socket.getaddrinfo(name, 443, socket.AF_INET)}) for name in REGISTRIES}
+        | {"git.test": [internet.a], "evil.test": [internet.a]}
+    )
+    repository = internet.repository("app", {"README": "from the repository\n"}, "trunk")
+    servers.start(SPARE_MACHINES=0, EGRESS_DNS=json.dumps([internet.a]))
+    client = servers.client(auto_start_session=False)
+    image = layout(
+        tmp_path / "layout", *debian_made.layers(), env=["FROM_IMAGE=1"], labels={"by": "test"}, packed="zstd"
+    )
+    args = {
+        "extra_apt_packages": "hello",
+        "extra_pip_packages": "iniconfig",
+        "extra_npm_packages": "is-number",
+        "git_clone_url": f"http://git.test{repository}",
+        "git_clone_branch": "trunk",
+        "envs": {"FROM_BUILD": "2"},
+        "disk_size_gb": 2,
+        "post_build_cmd": "mkdir /opt; hello > /opt/said; echo $FROM_IMAGE $FROM_BUILD >> /opt/said;"
+        "python3 -c 'import socket; socket.create_connection((\"evil.test\", 80))' || echo closed >> /opt/said",
+    }
+    made, stages = client.snapshots.create(image, name="all", build_args=args), {}
+    snapshot, log = ended(client, made.snapshot_id, stages)
+    assert snapshot.status == "ready", log
+    names = ["apt packages", "pip packages", "npm packages", "git clone", "post_build_cmd", "first start"]
+    assert [name for name in stages if name in names] == names, "each was seen while it went on"
+    assert sorted(stages.values()) == list(stages.values()) and "iniconfig" in log and "layers of zstd" in log
+    vm = client.vms.create(snapshot_id=snapshot.snapshot_id)
+    client.session_id = vm["session_id"]
+    assert client.get_session_info()["start"]["cold"] is False, "ready means that it starts fast"
+    shell = client.execute("cat /opt/said /app/repo/README; df -k / | tail -1", language="bash").stdout.splitlines()
+    assert shell[:4] == ["Hello, world!", "1 2", "closed", "from the repository"]
+    assert 1.5 * 2**20 < int(shell[4].split()[1]) < 2**21
+    assert (
+        client.execute("import iniconfig, os; print(iniconfig.__name__, os.environ['FROM_BUILD'])").stdout
+        == "iniconfig 2\n"
+    )
+    node = client.execute("console.log(require('/usr/local/lib/node_modules/is-number')(5))", language="javascript")
+    assert node.stdout == "true\n", node
+    assert not client.get_session_egress()["allow_package_managers"], "what the build could reach its sandboxes can't"
+    assert not [line for line in internet.seen if "evil.test" in line]
 
 
 def test_an_image_of_a_registry_with_things_added_to_it(client, tmp_path, servers):
@@ -94,10 +149,25 @@ def test_an_image_with_python_and_one_with_a_single_program(client, tmp_path):
     vm.kill()
 
 
+def test_an_image_with_node_alone(client, tmp_path):
+    snapshot, log = built(client, layout(tmp_path / "layout", busybox(), oci_made.node(), env=["PATH=/usr/bin:/bin"]))
+    assert snapshot.status == "ready", log
+    vm = started(client, snapshot.snapshot_id)
+    vm.execute("const x = 41", language="javascript")
+    told = vm.execute("console.log(x + 1, process.version)", language="javascript")
+    assert told.stdout == f"42 v{oci_made.NODE.split('==')[1]}\n", told
+    missing = vm.execute("1")
+    assert (missing.exit_code, missing.stderr) == (127, "python3 or python: not found in this image\n")
+    vm.kill()
+
+
 def test_builds_that_fail_are_cancelled_or_lose_their_server_leave_nothing(client, tmp_path, servers):
     box = layout(tmp_path / "layout", busybox())
-    failed, log = built(client, box, build_args={"post_build_cmd": "echo to the log; echo why >&2; exit 7"})
-    assert failed.status == "failed" and "post_build_cmd failed (exit code 7): why" in failed.last_error
+    failed, log = built(
+        client, box, build_args={"post_build_cmd": "wget http://evil.test/; echo to the log; echo why >&2; exit 7"}
+    )
+    assert failed.status == "failed" and "post_build_cmd failed (exit code 7)" in failed.last_error
+    assert failed.last_error.endswith("why [the build's network refused evil.test: see egress_policy]")
     assert "to the log" in log
     with pytest.raises(SnapshotError, match="is failed"):
         client.vms.create(snapshot_id=failed.snapshot_id)

@@ -173,9 +173,9 @@ def test_a_server_killed_while_it_boots_a_snapshot_leaves_no_machine(servers):
     servers.start(SPARE_MACHINES=0)
     with servers.client(auto_start_session=False) as vm:
         source = vm.vms.create()
-        made = vm.vms.snapshot(source["vm_id"])
+        made = vm.vms.snapshot(source["vm_id"], wait=False)
         vm.vms.delete(source["vm_id"])
-        vm.vms.create(wait=False, snapshot_id=made.snapshot_id)
+        assert made.status == "creating"
         deadline = time.monotonic() + 60
         while not list(inventory.vmm_processes(servers.state / "templates")):
             assert time.monotonic() < deadline
@@ -185,4 +185,4 @@ def test_a_server_killed_while_it_boots_a_snapshot_leaves_no_machine(servers):
         servers.start(SPARE_MACHINES=0)
         assert list(inventory.vmm_processes(servers.state)) == []
         assert not list((servers.state / "templates").glob(".*/memory"))
-        assert vm.snapshots.get(made.snapshot_id).status == "ready"
+        assert vm.snapshots.get(made.snapshot_id).status == "ready", "its disk is whole; its first sandbox boots"

@@ -47,6 +47,17 @@ class Internet:
     def names(self, records):
         self.zone(**{name.replace(".", "__"): value for name, value in records.items()})
 
+    def repository(self, name, files, branch):
+        """Make a git repository with one commit: its URL at `a`, below whatever host name that has."""
+        work, author = self.folder / f"{name}.work", ("-c", "user.name=test", "-c", "user.email=test@test")
+        work.mkdir()
+        for file, text in files.items():
+            (work / file).write_text(text)
+        for words in (("init", "-q", "-b", branch), ("add", "."), (*author, "commit", "-qm", "one")):
+            subprocess.run(["git", "-C", work, *words], check=True)
+        subprocess.run(["git", "clone", "-q", "--bare", work, self.folder / "git" / f"{name}.git"], check=True)
+        return f"/git/{name}.git"
+
     @property
     def seen(self):
         return (self.folder / "seen").read_text().splitlines()

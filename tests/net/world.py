@@ -2,12 +2,15 @@
 
 On every address: HTTP on 80 and 8080, TLS on 443, echo on TCP and UDP 9999; DNS on the first one. What it answers stands in
 FOLDER/zone.json, read anew for each question; every question and every connection becomes a line in FOLDER/seen.
+Repositories in FOLDER/git are served below /git/.
 """
 
 import json
+import os
 import socket
 import socketserver
 import ssl
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +38,9 @@ class Web(BaseHTTPRequestHandler):
         here = f"{self.connection.getsockname()[0]}:{self.connection.getsockname()[1]}"
         saw("http", here, self.command, self.headers.get("Host"), self.path)
         length = int(self.headers.get("Content-Length", 0))
-        body = self.rfile.read(length)
+        body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
+        if self.path.startswith("/git/"):
+            return self._git(body)
         size = int(self.path.removeprefix("/bytes/")) if self.path.startswith("/bytes/") else None
         said = b"x" * size if size is not None else f"{self.command} {self.path} at {here} {len(body)}\n".encode()
         self.send_response(200)
@@ -43,6 +48,36 @@ class Web(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(said)
+        return None
+
+    def _chunks(self):
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _git(self, body):
+        """As a web server does it: by git's own program, which speaks CGI."""
+        path, _, query = self.path.removeprefix("/git").partition("?")
+        asked = {"REQUEST_METHOD": self.command, "PATH_INFO": path, "QUERY_STRING": query}
+        asked |= {"GIT_PROJECT_ROOT": str(FOLDER / "git"), "GIT_HTTP_EXPORT_ALL": "1", "CONTENT_LENGTH": str(len(body))}
+        for name in ("Content-Type", "Content-Encoding", "Git-Protocol"):
+            if name in self.headers:
+                word = name.upper().replace("-", "_")
+                asked[word if word == "CONTENT_TYPE" else f"HTTP_{word}"] = self.headers[name]
+        said = subprocess.run(
+            ["git", "http-backend"], input=body, env={**os.environ, **asked}, capture_output=True
+        ).stdout
+        head, _, said = said.partition(b"\r\n\r\n")
+        fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+        self.send_response(int(fields.pop("Status", "200").split()[0]))
+        for name, value in fields.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
 
     do_GET = do_POST = do_HEAD = do_CONNECT = _answer
 

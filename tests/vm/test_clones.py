@@ -1,5 +1,6 @@
 """What clones of one template must not share, and how they are right about the time."""
 
+import secrets
 import time
 from functools import partial
 
@@ -7,6 +8,7 @@ import anyio
 import pytest
 
 from instavm.node.clones import PROBES, compare
+from instavm.node.vmm import pages
 
 pytestmark = pytest.mark.anyio
 
@@ -51,6 +53,27 @@ async def test_what_one_clone_writes_the_other_never_sees(start):
     assert (await other.bash("ls /app")).stdout == ""
     assert "NameError" in (await other.python("secret")).stderr
     assert (await (await start()).bash("ls /app")).stdout == ""
+
+
+async def test_what_one_tenant_writes_is_in_no_page_that_another_has(start, tmp_path):
+    """S18: of one template, each has its own copy of what it has written, in memory and on disk; the template has none."""
+    one, other = await start(), await start()
+    secret = secrets.token_hex(24)
+    await one.python(f"secret = '{secret}'; open('/app/file', 'w').write(secret)")
+    await one.bash("sync")
+    held = {}
+    for live in (one, other):
+        prepared = live.node._live[live.vm_id].prepared
+        template = await live.node._templates.by_key(prepared.template)
+        await prepared.machine.pause()
+        with (tmp_path / live.vm_id).open("wb") as into:
+            pages.save(prepared.machine.pid, template.saved.memory, into.fileno())
+        held[live.vm_id] = [tmp_path / live.vm_id, prepared.disk]
+    held["template"] = [file for file in template.folder.iterdir() if file.is_file()]
+    found = {name: [secret.encode() in file.read_bytes() for file in files] for name, files in held.items()}
+    assert found == {one.vm_id: [True, True], other.vm_id: [False, False], "template": [False] * len(held["template"])}
+    for file in held["template"]:
+        assert not file.stat().st_mode & 0o222, "and nobody can write there"
 
 
 async def test_many_start_at_once(start):

@@ -77,7 +77,7 @@ async def test_what_is_not_there_is_missing(sandbox):
 
 
 async def test_no_path_leads_out_of_the_users_world(sandbox):
-    """The agent's own root holds /sandbox, which must not be seen by any spelling."""
+    """S12: the agent's own root holds /sandbox, which must not be seen by any spelling."""
     await sandbox.bash("ln -s / up; ln -s /proc/1/root/../.. out")
     for path in ("../../../sandbox/app", "up/sandbox/app", "out/sandbox/app", "/proc/1/root/sandbox/app"):
         with pytest.raises(FileMissing):

@@ -122,6 +122,9 @@ HOSTILE = {
     "leads out": [entry("../../etc/cron.d/x", b"* * * * * root true")],
     "leads out through dots": [folder("a"), entry("a/../../x", b"x")],
     "a hard link out": [entry("link", hard="../../../etc/shadow")],
+    "a whiteout of what is above": [folder("a"), entry("a/.wh...")],
+    "a whiteout of the root": [entry(".wh..")],
+    "a whiteout of nothing": [entry("a/.wh.")],
     "a device": [entry("disk", kind=tarfile.BLKTYPE)],
     "a character device": [entry("etc/mem", kind=tarfile.CHRTYPE)],
 }
@@ -129,10 +132,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_hostile_layers_are_refused_before_they_are_unpacked(tmp_path, work, name):
+    """S12, for images."""
     reference = layout(tmp_path / "layout", layer(entry("fine", b"x"), *HOSTILE[name]))
     one = image(reference, work)
     await one.resolve()
-    with pytest.raises(SnapshotError, match=r"leads out of it|a device that"):
+    with pytest.raises(SnapshotError, match=r"leads out of it|removes what|a device that"):
         await one.write(work / "disk.raw")
     assert not (work / "tree").exists() and not (work / "disk.raw").exists()
 

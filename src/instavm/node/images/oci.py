@@ -32,6 +32,9 @@ LOCAL: Final = ("oci:", "oci-archive:", "docker-archive:")
 """References to what lies on this host's disk."""
 SYSTEM: Final = "linux"
 ARCHITECTURE: Final = "amd64"
+WHITEOUT: Final = ".wh."
+"""Begins the name of an entry that removes what lower layers have under the rest of that name."""
+OPAQUE: Final = ".wh..wh..opq"
 ENTRIES_MAX: Final = 2_000_000
 DISK_GIB_DEFAULT: Final = 3
 LOOPBACK: Final = ("localhost", "127.", "[::1]")
@@ -188,6 +191,9 @@ def _refuse(member: tarfile.TarInfo) -> None:
     for name in names:
         if ".." in name.split("/"):
             raise SnapshotError(f"the image has a file that leads out of it: {name[:200]!r}")
+    base = names[0].rsplit("/", 1)[-1]
+    if base.startswith(WHITEOUT) and base != OPAQUE and base.removeprefix(WHITEOUT).strip(".") == "":
+        raise SnapshotError(f"the image removes what is not its own: {member.name[:200]!r}")
     if member.isdev() and not member.isfifo() and not member.name.lstrip("./").startswith("dev/"):
         raise SnapshotError(f"the image has a device that is not below /dev: {member.name[:200]!r}")
 
