@@ -24,6 +24,7 @@ from instavm.control.listen import Listener
 from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
 from instavm.log import to_file, to_stderr
+from instavm.node import precedence
 from instavm.settings import Settings
 from instavm.wire.errors import Problem
 
@@ -53,6 +54,7 @@ async def serve(
     Returns: control's exit status, 0 when it ended as it should.
     Raises: HostNotReady, and whatever the node says when it cannot be opened.
     """
+    precedence.first(os.getpid())
     passes = {"listener": listener.socket.fileno()}
     with locks.only_server(settings.server_lock), contextlib.ExitStack() as undo:
         if listener.ends_when_idle:

@@ -15,6 +15,7 @@ from servers import tidy
 
 from instavm import InstaVM
 from instavm.border import confined
+from instavm.node.precedence import NICE
 
 PROGRAM = Path(__file__).parent / "hostile_vmm.py"
 NODES = ("isolation.key", "machines", "node.lock", "server.lock")
@@ -88,6 +89,15 @@ def test_the_process_that_reads_what_clients_send_has_no_rights(server, settings
     assert all(Path(one).is_relative_to(state / "control") or one in OTHERS for one in named - known(state)), named
     sockets = [one for one in files if one.startswith("socket")]
     assert len(sockets) <= 5, "its listener, its link, two ends that wake its own loop, and the client"
+
+
+def test_the_servers_processes_come_before_what_they_start(server):
+    """Calls wait for no sandbox's turn; nobody else may jump the queue with them."""
+    pid, _ = server
+    api = int(api_of(pid).name)
+    assert [os.getpriority(os.PRIO_PROCESS, one) for one in (pid, api)] == [NICE, NICE]
+    others = [one for one in psutil.Process(pid).children() if "instavm.node.network.filter" in one.cmdline()]
+    assert [one.nice() for one in others] == [0]
 
 
 OTHERS = {"/dev/null"}

@@ -128,6 +128,27 @@ async def test_its_control_groups_hold_what_was_asked_for(start, node, vcpus, me
     assert str(node._settings.io_mib_per_s << 20) in io
 
 
+async def test_who_computes_without_a_pause_gives_way_until_it_stops(start, node):
+    busy, quiet = await start(), await start()
+    if not (Path(node._jails.cgroups.paths(home(busy).name)["cpu"]) / "cpu.idle").exists():
+        pytest.skip("this kernel knows no cpu.idle")
+
+    def idle(sandbox):
+        return (Path(node._jails.cgroups.paths(home(sandbox).name)["cpu"]) / "cpu.idle").read_text().strip()
+
+    async def until(what):
+        with anyio.fail_after(60):
+            while idle(busy) != what:
+                await anyio.sleep(0.05)
+
+    await busy.bash("sh -c 'while :; do :; done' >/dev/null 2>&1 & echo $! > /tmp/busy")
+    await until("1")
+    assert idle(quiet) == "0"
+    assert os.getpriority(os.PRIO_PROCESS, quiet.machine.pid) == 0
+    await busy.bash("kill -9 $(cat /tmp/busy)")
+    await until("0")
+
+
 async def test_nothing_of_a_jail_outlives_its_sandbox(start, node):
     sandbox = await start()
     machine, pid, uid = home(sandbox).name, sandbox.machine.pid, int(status(sandbox)["Uid"].split()[0])

@@ -22,6 +22,7 @@ from instavm.border.confined import Confinement, spawned
 from instavm.border.service import serve
 from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
+from instavm.node import precedence
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,11 @@ class ControlProcess:
             command, around = [*control.command, *options], control.confinement
             if around is None:
                 self._process = spawned(command, tuple(passes.values()))
-                self._pidfd = os.pidfd_open(self._process.pid)
+                pid = self._process.pid
             else:
                 self._process, pid = around.start(command, tuple(passes.values()))
-                self._pidfd = os.pidfd_open(pid)
+            self._pidfd = os.pidfd_open(pid)
+            precedence.first(pid)
         except BaseException:
             self.link.close()
             os.close(self._words)

@@ -25,7 +25,7 @@ from instavm.errors import (
     NoCapacity,
     SessionEnded,
 )
-from instavm.node import disks, files, identity, inventory, isolation, memory, processes
+from instavm.node import disks, files, identity, inventory, isolation, memory, processes, shares
 from instavm.node.agent import Agent
 from instavm.node.images import oci, rootfs
 from instavm.node.images.store import Image, ImageStore
@@ -148,6 +148,8 @@ class Runtime:
                     await anyio.to_thread.run_sync(runtime._snapshots.sweep)
                     await runtime._sweep()
                     tasks.start_soon(disks.watch, machines.folder, runtime._homes, runtime._over_disk)
+                    if jails.cgroups is not None:
+                        tasks.start_soon(shares.watch, jails.cgroups, runtime._running)
                     yield runtime
                 finally:
                     with anyio.CancelScope(shield=True):
@@ -476,6 +478,11 @@ class Runtime:
 
     def _homes(self) -> dict[str, Path]:
         return {vm_id: sandbox.prepared.home for vm_id, sandbox in self._live.items()}
+
+    def _running(self) -> dict[str, int]:
+        """Machine → its VMM's process."""
+        lives = [sandbox.prepared for sandbox in self._live.values()]
+        return {one.home.name: one.machine.pid for one in lives if one.machine.alive}
 
     def _over_disk(self, vm_id: str, why: str) -> None:
         log.warning("%s is ended: %s", vm_id, why)

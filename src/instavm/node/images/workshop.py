@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from instavm.errors import DiskFull, HostNotReady
+from instavm.node import precedence
 
 Progress = Callable[[str], None]
 """Is told, in one line without its end, what a build does now. Called often, from the building thread."""
@@ -114,6 +115,7 @@ class Workshop:
             start_new_session=True,
             umask=0o022,
         ) as process:
+            precedence.like_everybody(process.pid)
             watchdog = threading.Timer(STEP_DEADLINE_S, _end, [process])
             watchdog.start()
             assert process.stdout is not None

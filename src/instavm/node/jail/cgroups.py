@@ -136,6 +136,14 @@ class Cgroups:
                 if not idle:
                     _weigh(tree, group, vcpus)
 
+    def vcpus(self, machine: str) -> int:
+        """What its limit was made for; 1 when it has none."""
+        for tree, group in self._with("cpu", machine):
+            with contextlib.suppress(FileNotFoundError):
+                said = (group / ("cpu.max" if tree.version == 2 else "cpu.cfs_quota_us")).read_text()
+                return round(int(said.split()[0]) / PERIOD_US - EMULATOR_CPUS)
+        return 1
+
     def end(self, machine: str) -> None:
         """End whatever lives in a machine's groups. A number is only signalled while the kernel lists it there."""
         for tree in self._trees:

@@ -22,6 +22,7 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import BootFailed, HostNotReady
+from instavm.node import precedence
 from instavm.node.jail import bubblewrap, seccomp
 from instavm.node.jail.bubblewrap import Walls
 from instavm.node.jail.cgroups import TASKS, Cgroups, Limits
@@ -140,6 +141,7 @@ class Jails:
         """
         if not self.on:
             popen = spawn(argv, needs.descriptors, output)
+            precedence.like_everybody(popen.pid)
             return Jailed(popen.pid, popen, Cage(needs.home.name, None, None, None, needs.vcpus))
         cage = await self.make(needs)
         try:
@@ -157,7 +159,8 @@ class Jails:
         """The cage of a VMM that an earlier server started."""
         uid = Path(f"/proc/{pid}").stat().st_uid
         leased = self._uids is not None and self._uids.adopt(uid)
-        return Cage(home.name, uid if leased else None, self._uids, self.cgroups, 1)
+        vcpus = 1 if self.cgroups is None else self.cgroups.vcpus(home.name)
+        return Cage(home.name, uid if leased else None, self._uids, self.cgroups, vcpus)
 
     def clear(self, keep: frozenset[str]) -> None:
         """Remove the groups that a killed server left, with what still runs in them, except those of the machines in `keep`."""
@@ -212,6 +215,7 @@ class Jails:
 
     def confine(self, cage: Cage, pid: int) -> None:
         """Limits for a process that has not begun yet."""
+        precedence.like_everybody(pid)
         try:
             if self.cgroups is not None:
                 self.cgroups.put(cage.machine, pid)

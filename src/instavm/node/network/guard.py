@@ -22,6 +22,7 @@ from typing import Any, Final
 import anyio
 
 from instavm.errors import HostNotReady
+from instavm.node import precedence
 from instavm.node.network import rules, space
 from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.network.space import Space
@@ -303,6 +304,7 @@ def _spawn() -> tuple[subprocess.Popen[bytes], socket.socket]:
             start_new_session=True,
             env={"LANG": "C.UTF-8", "PATH": os.defpath},
         )
+    precedence.like_everybody(process.pid)
     os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
     return process, ours
 
