@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from fcntl import ioctl
 from pathlib import Path
 from typing import Final
+from weakref import WeakSet
 
 import anyio
 from anyio.abc import ByteStream
@@ -93,6 +94,7 @@ class FirecrackerMachine:
         self._root = root
         self._saved = saved
         self._running = anyio.Event()
+        self._lines = WeakSet[VsockLine]()
         self._after_load: tuple[Call, ...] = ()
 
     @property
@@ -104,7 +106,9 @@ class FirecrackerMachine:
         return self._process.alive
 
     async def dial(self) -> ByteStream:
-        return VsockLine(self._root / "agent.sock", self._running, lambda: self.alive)
+        line = VsockLine(self._root / "agent.sock", self._running, lambda: self.alive)
+        self._lines.add(line)
+        return line
 
     async def load(self, *, background: bool = False) -> None:
         assert self._saved is not None, "only a prepared machine can be loaded"
@@ -195,6 +199,8 @@ class FirecrackerMachine:
         made = {"snapshot_path": self._root / "made-state", "mem_file_path": self._root / "made-memory"}
         paths = {name: f"/{path.name}" for name, path in made.items()}
         await self._api.call("PUT", "/snapshot/create", {"snapshot_type": "Diff", **paths})
+        for line in self._lines:
+            line.renew()
         for path, final in zip(made.values(), (state, memory), strict=True):
             os.chown(path, os.geteuid(), os.getegid())
             path.chmod(0o600)
