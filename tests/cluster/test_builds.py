@@ -30,7 +30,7 @@ def built(client, image, **more):
 
 def ended(client, snapshot_id, stages=None):
     """Follow a build to its end; `stages` gets what it was at, and how far."""
-    deadline, offset, text = time.monotonic() + 540, 0, ""
+    deadline, offset, text = time.monotonic() + 900, 0, ""
     while True:
         told = client.snapshots.logs(snapshot_id, offset)
         if stages is not None and told["stage"] not in stages:
@@ -51,7 +51,7 @@ REGISTRIES = ("deb.debian.org", "pypi.org", "files.pythonhosted.org", "registry.
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_everything_that_a_build_can_add(servers, internet, tmp_path):
     """A Debian with apt, pip, npm and git in it, the real registries, and a git server out there."""
     internet.names(

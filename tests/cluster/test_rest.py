@@ -172,10 +172,10 @@ def test_a_server_killed_while_it_boots_a_snapshot_leaves_no_machine(servers):
     """R3: what was being booted is ended by the next server, and is never taken for a finished template."""
     servers.start(SPARE_MACHINES=0)
     with servers.client(auto_start_session=False) as vm:
-        source = vm.vms.create()
-        made = vm.vms.snapshot(source["vm_id"], wait=False)
+        source = vm.vms.create(snapshot_on_terminate=True, snapshot_name="last")
         vm.vms.delete(source["vm_id"])
-        assert made.status == "creating"
+        (made,) = vm.snapshots.list()
+        assert (made.status, made.name, made["vm_id"]) == ("creating", "last", source["vm_id"])
         deadline = time.monotonic() + 60
         while not list(inventory.vmm_processes(servers.state / "templates")):
             assert time.monotonic() < deadline
