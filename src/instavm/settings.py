@@ -93,7 +93,7 @@ class Settings(Places):
     """That deadline. Hardware virtualisation needs well under a second; what takes longer is not what a sandbox should run on."""
 
     jail: Literal["on", "off"] = "on"
-    """`off`: VMMs run as the server's own user with all its rights. Only for a host that can't do better."""
+    """`off`: VMMs and the API run as the server's own user with all its rights. Only for a host that can't do better."""
     jail_uid_first: int = Field(1_950_000_000, ge=1000, lt=1 << 31)
     """The first of the uids that VMMs run under; no person or service of this host may have one of them."""
     jail_uid_count: int = Field(65_536, ge=1, le=1 << 24)
