@@ -23,6 +23,8 @@ def user(settings, short_folder):
     env = {**os.environ, **{f"INSTAVM_{name}": str(value) for name, value in chosen.items()}}
     env.pop("INSTAVM_BASE_URL", None)
     yield env
+    if not (state / "server.lock").exists():
+        return  # only some of these tests were run
     server = psutil.Process(int((state / "server.lock").read_text()))
     server.send_signal(signal.SIGTERM)
     server.wait(60)

@@ -63,7 +63,8 @@ async def test_everything_is_there_again_and_the_clock_is_right(node, sandbox, r
     await sandbox.python(
         "threading.Thread(target=lambda: [(y.append(1), time.sleep(.05)) for _ in range(10**6)]).start()"
     )
-    await sandbox.bash("(while :; do date +%s.%N > /app/tick; sleep .1; done) & echo $! > /app/pid; export A=1")
+    ticks = "while :; do date +%s.%N > /app/tock; mv /app/tock /app/tick; sleep .1; done"
+    await sandbox.bash(f"({ticks}) & echo $! > /app/pid; export A=1")
     pid = sandbox.machine.pid
     stored = await node.suspend(sandbox.vm_id)
     assert 0 < stored.own_bytes < 200 << 20

@@ -67,7 +67,11 @@ def _kvm(settings: Settings) -> Iterator[Check]:
     if (refused := choose.closed()) is not None:
         yield Check("kvm", True, f"{refused}: sandboxes run on the emulated tier")
         return
-    found = choose.recorded(settings)
+    try:
+        found = choose.recorded(settings)
+    except InstaVMError as exc:  # what is missing is told above
+        yield Check("kvm", True, f"not known: {exc}")
+        return
     if found is None:
         yield Check(
             "kvm", True, f"{jail.KVM_DEVICE} opens; whether a guest boots on it is tried when the server starts"
