@@ -34,7 +34,6 @@ class Agent:
         self._env = {"PATH": PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8", "SHELL": "/bin/bash"}
         self._cwd = "/app"
         self._identified = False
-        self._addressed = False
         self._programs = Programs(self, line)
         self._interpreter = Interpreter(self, self._programs, python())
         self._javascript = Interpreter(self, self._programs, javascript())
@@ -42,7 +41,7 @@ class Agent:
         self._tasks = Tasks(self.send)
         self._processes = Processes(self, self._programs)
         self._disk = Disk()
-        self._link = link.open_link()
+        self._link = link.open_link(_hello())
         self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
 
     # what programs and the interpreter need of the loop
@@ -75,7 +74,6 @@ class Agent:
     # the loop
 
     def run(self) -> None:
-        self._hello()
         poll, handlers = self._poll, self._handlers
         timers = (self._programs, self._interpreter, self._javascript, self._disk)
         host = self._link.fileno()
@@ -96,16 +94,10 @@ class Agent:
                 for timer in timers:
                     timer.expire(time.monotonic())
 
-    def _hello(self) -> None:
-        message = {"protocol": frames.PROTOCOL, "python": platform.python_version(), "kernel": os.uname().release}
-        self._link.write(frames.encode_json(frames.HELLO, 0, message))
-
     def _from_host(self, event: int) -> None:
         data = self._link.read()
         if data is None:
             self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
-            if not self._addressed:  # who hung up before the first word may not have heard ours
-                self._hello()
             return
         if not data:
             if event & select.POLLHUP:
@@ -117,7 +109,6 @@ class Agent:
         except frames.FrameError:  # what a server that died had half-sent; the one that takes over asks again
             self._decoder = frames.Decoder(frames.FROM_HOST, frames.HOST_PAYLOAD_MAX)
             return
-        self._addressed = True
         for kind, request, payload in received:
             try:
                 if kind >= frames.PUT:
@@ -200,6 +191,11 @@ class Agent:
     def _file(self, kind: int, request: int, payload: bytes) -> None:
         self._require_identity()
         self._files.handle(kind, request, payload)
+
+
+def _hello() -> bytes:
+    message = {"protocol": frames.PROTOCOL, "python": platform.python_version(), "kernel": os.uname().release}
+    return frames.encode_json(frames.HELLO, 0, message)
 
 
 def main() -> None:

@@ -17,10 +17,11 @@ HOST_AWAY_S = 0.05
 
 
 class SerialLink:
-    """A virtio-serial port. Reading blocks until the host is there; writing until it reads."""
+    """A virtio-serial port, greeted once. Reading blocks until the host is there; writing until it reads."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, greeting: bytes) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.write(greeting)
 
     def fileno(self) -> int:
         return self._fd
@@ -62,10 +63,13 @@ class SerialLink:
 class VsockLink:
     """A listener on the sandbox's own CID; the host connects, and connects again after a restore.
 
-    Its descriptor is the host's connection, and the listener while there is none: who polls it need not know which.
+    Its descriptor is the host's connection, and the listener while there is none: who polls it need not know which. Each
+    connection is greeted: one that the host's side made before a saved machine's vsock was reset looks like one that lives,
+    until nobody greets.
     """
 
-    def __init__(self, port: int = VSOCK_PORT) -> None:
+    def __init__(self, greeting: bytes, port: int = VSOCK_PORT) -> None:
+        self._greeting = greeting
         self._server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
         self._server.bind((socket.VMADDR_CID_ANY, port))
         self._server.listen(4)
@@ -95,34 +99,41 @@ class VsockLink:
         while True:
             if not self._there:
                 self._accept()
-            view = memoryview(data)
             try:
-                while view:
-                    view = view[os.write(self._fd, view) :]
+                self._write(data)
                 return
             except OSError:
                 self._hang_up()
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
 
     def _accept(self) -> None:
         peer, _ = self._server.accept()
         with peer:
             os.dup2(peer.fileno(), self._fd, inheritable=False)
         self._there = True
+        try:
+            self._write(self._greeting)
+        except OSError:
+            self._hang_up()
 
     def _hang_up(self) -> None:
         os.dup2(self._server.fileno(), self._fd, inheritable=False)
         self._there = False
 
 
-def open_link() -> SerialLink | VsockLink:
+def open_link(greeting: bytes) -> SerialLink | VsockLink:
     """Whichever of the two this machine has. Waits for the port to appear; raises TimeoutError after 10 s."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         path = _find_port()
         if path:
-            return SerialLink(path)
+            return SerialLink(path, greeting)
         if os.path.exists("/dev/vsock"):
-            return VsockLink()
+            return VsockLink(greeting)
         time.sleep(0.02)
     raise TimeoutError("neither a virtio-serial port nor vsock is there")
 

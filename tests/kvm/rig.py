@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -303,8 +304,7 @@ class Rig:
 
     def _run(self, argv, deadline_s, env, files, output):
         saved, root, images = self._saved(), self._root(), self._images()
-        with tempfile.TemporaryDirectory(prefix="ivm-rig-", dir=self._folder) as name:
-            folder = Path(name)
+        with self._bench() as folder:
             job, scratch = self._job_disk(folder), folder / "scratch"
             _sparse(scratch, SCRATCH_GIB << 30)
             subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", scratch], check=True)
@@ -322,6 +322,18 @@ class Rig:
                 told = outer.until("status", deadline_s, hear)
                 made = {place: base64.b64decode(data) for place, data in told["files"].items()}
                 return Done(told["status"], "".join(text) + told.get("out", ""), made, time.monotonic() - began)
+
+    @contextlib.contextmanager
+    def _bench(self):
+        """A folder for one job. It is locked, so that those of runs that were killed are known, and go."""
+        for left in self._folder.glob("ivm-rig-*"):
+            with (left / "lock").open("a") as lock, contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix="ivm-rig-", dir=self._folder) as name:
+            with (Path(name) / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield Path(name)
 
 
 class _Outer:

@@ -7,6 +7,7 @@ from instavm.node.vmm.vsock import VsockLine
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
+HELLO = frames.encode_json(frames.HELLO, 0, {})
 ONE, TWO = (frames.encode(frames.STDOUT, number, b"x" * 10) for number in (1, 2))
 
 
@@ -19,6 +20,7 @@ async def guest(tmp_path):
         asked.append(await stream.receive())
         if len(asked) > 1:
             await stream.send(b"OK 1073741824\n")
+            await stream.send(HELLO)
             made.append(stream)
         await anyio.sleep_forever()
 
@@ -33,7 +35,7 @@ async def guest(tmp_path):
 async def line(guest, tmp_path):
     running = anyio.Event()
     running.set()
-    line = VsockLine(tmp_path / "agent.sock", running, lambda: True)
+    line = VsockLine(tmp_path / "agent.sock", running, lambda: True, fresh=False)
     yield line
     await line.aclose()
 
@@ -74,8 +76,23 @@ async def test_a_reader_that_waits_goes_on_with_the_new_connection(line, guest):
     assert heard == [TWO]
 
 
+async def test_only_a_guest_that_boots_is_heard_to_say_hello(guest, tmp_path):
+    """To the host a guest that says it again is another one; on a new connection it says it every time."""
+    running = anyio.Event()
+    running.set()
+    booting = VsockLine(tmp_path / "agent.sock", running, lambda: True, fresh=True)
+    with anyio.fail_after(10):
+        await booting.send(ONE)
+        assert await booting.receive() == HELLO
+        booting.renew()
+        await booting.send(ONE)
+        await guest[1].send(TWO)
+        assert await booting.receive() == TWO
+    await booting.aclose()
+
+
 async def test_a_line_to_a_vmm_that_is_gone_has_ended(tmp_path):
     running = anyio.Event()
     running.set()
     with pytest.raises(anyio.EndOfStream):
-        await VsockLine(tmp_path / "none", running, lambda: False).receive()
+        await VsockLine(tmp_path / "none", running, lambda: False, fresh=False).receive()

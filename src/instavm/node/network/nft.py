@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 
 from instavm.errors import HostNotReady
 
 JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, nftables/libnftables.h
 HOW_TO_GET = "Install it with: apt-get install libnftables1"
+_one_at_a_time = threading.Lock()
+"""libnftables keeps a list of interfaces for the whole process, which the end of any context frees: two threads at once
+free it twice."""
 
 
 @functools.cache
@@ -38,7 +42,11 @@ def available() -> bool:
 
 def run(commands: str) -> str:
     """Carry out commands, all or none; what they answer, as JSON. Raises HostNotReady, OSError (refused by the kernel)."""
-    library = _library()
+    with _one_at_a_time:
+        return _run(_library(), commands)
+
+
+def _run(library: ctypes.CDLL, commands: str) -> str:
     context = library.nft_ctx_new(0)
     try:
         library.nft_ctx_output_set_flags(context, JSON)

@@ -94,6 +94,7 @@ class FirecrackerMachine:
         self._root = root
         self._saved = saved
         self._running = anyio.Event()
+        self._fresh = False
         self._lines = WeakSet[VsockLine]()
         self._after_load: tuple[Call, ...] = ()
 
@@ -106,7 +107,7 @@ class FirecrackerMachine:
         return self._process.alive
 
     async def dial(self) -> ByteStream:
-        line = VsockLine(self._root / "agent.sock", self._running, lambda: self.alive)
+        line = VsockLine(self._root / "agent.sock", self._running, lambda: self.alive, fresh=self._fresh)
         self._lines.add(line)
         return line
 
@@ -124,6 +125,7 @@ class FirecrackerMachine:
 
     async def power_on(self, told: tuple[Call, ...]) -> None:
         """Once, on a machine that was not prepared. Raises BootFailed."""
+        self._fresh = True
         for method, path, body in told:
             await self._api.call(method, path, body)
         await self._api.call("PUT", "/actions", {"action_type": "InstanceStart"})

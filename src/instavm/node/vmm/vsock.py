@@ -1,8 +1,9 @@
 """The line to the agent of a Firecracker guest: a Unix socket of the VMM's, behind which lies the guest's vsock.
 
 It can be dialled before there is a guest, as QEMU's can: it connects when somebody first speaks or listens. And it connects
-again when the machine was saved, since every saving resets the guest's vsock. The guest repeats a frame that it could not
-write to the end, so of each connection only whole frames are passed on.
+again when the machine was saved, since every saving resets the guest's vsock. A connection counts once the guest's agent has
+greeted it: one that is made while the reset is under way ends with it. The guest repeats a frame that it could not write to
+the end, so of each connection only whole frames are passed on.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 import anyio
 from anyio.abc import ByteStream
 
-from instavm_guest.frames import GUEST_PAYLOAD_MAX, HEADER, MAGIC
+from instavm_guest.frames import GUEST_PAYLOAD_MAX, HEADER, HELLO, MAGIC
 from instavm_guest.link import VSOCK_PORT
 
 ANSWER_S = 0.2
 """The first CONNECT after a snapshot was loaded gets no answer: the guest resets its vsock then. So the first is not waited
 for long; each that follows is given twice the time."""
-ANSWER_MAX_S = 2.0
+ANSWER_MAX_S = 4.0
 AGAIN_S = 0.02
 """Nobody tells when the guest begins to listen."""
 DRAIN_S = 0.02
@@ -49,8 +50,12 @@ class WholeFrames:
 
 
 class VsockLine(ByteStream):
-    def __init__(self, place: Path, running: anyio.Event, alive: Callable[[], bool]) -> None:
-        """running: set when there is a guest to connect to. alive: whether its VMM is there."""
+    def __init__(self, place: Path, running: anyio.Event, alive: Callable[[], bool], *, fresh: bool) -> None:
+        """running: set when there is a guest to connect to. alive: whether its VMM is there.
+
+        fresh: the guest is booting, and whoever dials is to have its first greeting.
+        """
+        self._fresh = fresh
         self._place = place
         self._running = running
         self._alive = alive
@@ -133,7 +138,7 @@ class VsockLine(ByteStream):
                 said = b""
                 while not said.endswith(b"\n"):
                     said += await stream.receive(1)  # what comes behind the line is the guest's
-                answered = said.startswith(b"OK ")
+                answered = said.startswith(b"OK ") and await self._greeted(stream)
         except (anyio.EndOfStream, anyio.BrokenResourceError):
             pass
         finally:
@@ -141,3 +146,16 @@ class VsockLine(ByteStream):
                 with anyio.CancelScope(shield=True):
                     await stream.aclose()
         return stream if answered else None
+
+    async def _greeted(self, stream: ByteStream) -> bool:
+        """Whether somebody in there said hello. What comes behind that is kept, and all of it for who waits for a boot."""
+        follow, said = WholeFrames(), b""
+        while not said:
+            said = follow.feed(await stream.receive())
+        magic, kind, _, _, length = HEADER.unpack_from(said.ljust(HEADER.size))
+        if (magic, kind) != (MAGIC, HELLO):
+            return False
+        self._frames = follow
+        self._left += said if self._fresh else said[HEADER.size + length :]
+        self._fresh = False
+        return True
