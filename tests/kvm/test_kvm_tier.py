@@ -15,7 +15,9 @@ CORE = (
 DEADLINE_S = 600.0
 
 
-@pytest.mark.skipif("INSTAVM_TEST_KVM" not in os.environ, reason="the KVM tier is tested with INSTAVM_TEST_KVM=1 only")
+@pytest.mark.skipif(
+    "INSTAVM_TEST_KVM" not in os.environ, reason="fails now and then, cause unknown; run it with INSTAVM_TEST_KVM=1"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(2 * DEADLINE_S + 900)  # the first run builds the rig, and one that fails is tried once more
 def test_firecracker_boots_executes_saves_and_restores(rig):
