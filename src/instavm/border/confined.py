@@ -11,8 +11,6 @@ import contextlib
 import logging
 import os
 import resource
-import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -27,7 +25,7 @@ import instavm
 from instavm.errors import HostNotReady
 from instavm.node.jail import bubblewrap, seccomp
 from instavm.node.jail.bubblewrap import Walls
-from instavm.node.jail.jail import HOW_TO_GET, UID_LOCKS, readable
+from instavm.node.jail.jail import UID_LOCKS, end, readable, require
 from instavm.node.jail.uids import Uids
 from instavm.settings import Settings
 
@@ -66,9 +64,7 @@ class Confinement:
                 for limit, value in LIMITS.items():
                     resource.prlimit(pid, limit, (value, value))
             except OSError as exc:
-                process.kill()
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                end(process, pid)
                 raise HostNotReady(f"the API's process can't be confined: {exc}") from exc
             goes.write(b"!")
         return process, pid
@@ -98,9 +94,7 @@ def confinement(settings: Settings) -> Iterator[Confinement | None]:
         log.warning("the API's process is not confined: %s", why)
         yield None
         return
-    for program in (bubblewrap.BINARY, bubblewrap.SETPRIV):
-        if shutil.which(program) is None:
-            raise HostNotReady(f"{program} is missing, so the API can't be jailed. Install it with: {HOW_TO_GET}")
+    require("the API")
     with contextlib.closing(Uids(settings.jail_uid_first, settings.jail_uid_count, UID_LOCKS)) as uids:
         uid = uids.lease()
         _give(settings.control_dir, uid)

@@ -183,21 +183,18 @@ class Sessions:
 
         Raises: ForbiddenError: a lifetime over the quota.
         """
-        row = session.row
+        row, vm = session.row, session.vm
         if lifetime_s is not None:
             self._quotas.lifetime(tenant, lifetime_s)
-        session.row = replace(
-            row,
-            metadata=row.metadata if metadata is None else metadata,
-            options={**row.options, **options},
-            lifetime_s=row.lifetime_s if lifetime_s is None else lifetime_s,
-        )
-        if session.vm is not None:
-            session.vm.auto_suspend = bool(session.row.options.get("auto_suspend"))
-            if lifetime_s is not None:
-                session.vm.set_lifetime(lifetime_s)
-        vm = None if session.vm is None else session.vm.row()
-        await self._store.journal.written(self._rows.change(session.row, vm))
+            row = replace(row, lifetime_s=lifetime_s)
+            if vm is not None:
+                vm.set_lifetime(lifetime_s)
+        kept = row.metadata if metadata is None else metadata
+        session.row = replace(row, metadata=kept, options={**row.options, **options})
+        if vm is not None:
+            vm.auto_suspend = bool(session.row.options.get("auto_suspend"))
+        ends_at = None if vm is None or lifetime_s is None else vm.row()
+        await self._store.journal.written(self._rows.change(session.row, ends_at))
 
     async def adopt(self, row: SessionRow, vm: VmRow, started: Started) -> None:
         """A sandbox of an earlier server lives on. Its variables are in there; for another one they are lost.

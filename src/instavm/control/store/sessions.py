@@ -117,7 +117,10 @@ class SessionRows:
         )
 
     def change(self, row: SessionRow, vm: VmRow | None) -> int:
-        """Record changed metadata, options and lifetime, and when its sandbox ends now. Returns: the journal's mark."""
+        """Record changed metadata, options and lifetime. vm: its sandbox, if that ends at another time now.
+
+        Returns: the journal's mark.
+        """
         values = {"labels": dict(row.metadata), "chosen": dict(row.options), "lifetime": row.lifetime_s}
         writes = [Write(CHANGE, {"key": row.id, **values})]
         if vm is not None:

@@ -106,14 +106,14 @@ def _folders(paths: Sequence[str], bound: Sequence[str]) -> list[str]:
     return sorted(folder for folder in above if not any(Path(folder).is_relative_to(one) for one in bound))
 
 
-async def told_pid(says: int) -> int | None:
-    """The number of the jailed process on this host; None when bubblewrap ended without one."""
+async def told_pid(says: int) -> int:
+    """The number of the jailed process on this host. Raises HostNotReady: bubblewrap ended without one."""
     said = b""
     while b"}" not in said and len(said) < SAYS_BYTES:
         await anyio.wait_readable(says)
         more = os.read(says, SAYS_BYTES)
         if not more:
-            return None
+            raise HostNotReady(f"{BINARY} could not make a jail")
         said += more
     return pid_in(said)
 

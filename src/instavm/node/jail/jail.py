@@ -14,7 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,25 +195,32 @@ class Jails:
                 told = {"says": say.fileno(), "go": waits.fileno(), "seccomp": filter_fd}
                 command = [*bubblewrap.arguments(walls, **told), *argv]
                 popen = spawn(command, (*needs.descriptors, *told.values()), output)
-            pid = None
-            try:
-                say.close()
-                waits.close()
-                with anyio.fail_after(WALLS_S):
-                    pid = await bubblewrap.told_pid(said.fileno())
-                if pid is None:
-                    raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail")
-                await anyio.to_thread.run_sync(self.confine, cage, pid)
-                go.sendall(b"!")
-            except BaseException as exc:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(end, popen, pid)
-                if isinstance(exc, TimeoutError):
-                    raise HostNotReady(f"{bubblewrap.BINARY} made no jail within {WALLS_S:.0f} s") from exc
-                raise
+            say.close()
+            waits.close()
+            return await self.release(popen, cage, lambda: bubblewrap.told_pid(said.fileno()), lambda: go.sendall(b"!"))
+
+    async def release(
+        self, popen: subprocess.Popen[bytes], cage: Cage, told: Callable[[], Awaitable[int]], go: Callable[[], object]
+    ) -> Jailed:
+        """Have a program that waits in its jail begin, once its limits are in force. Whatever fails ends it.
+
+        told: waits for its number on this host. go: what it waits for. Raises HostNotReady, BootFailed.
+        """
+        pid = None
+        try:
+            with anyio.fail_after(WALLS_S):
+                pid = await told()
+            await anyio.to_thread.run_sync(self._confine, cage, pid)
+            go()
+        except BaseException as exc:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(end, popen, pid)
+            if isinstance(exc, TimeoutError):
+                raise HostNotReady(f"no jail was made within {WALLS_S:.0f} s") from exc
+            raise
         return Jailed(pid, popen, cage)
 
-    def confine(self, cage: Cage, pid: int) -> None:
+    def _confine(self, cage: Cage, pid: int) -> None:
         """Limits for a process that has not begun yet."""
         precedence.like_everybody(pid)
         try:
@@ -243,11 +250,16 @@ class Jails:
         )
 
 
-def check(settings: Settings) -> str:
-    """Make a jail and run a program in it; what was found, in words. Raises HostNotReady with the remedy."""
+def require(whom: str) -> None:
+    """What every jail is made with. Raises HostNotReady, when `whom` can't be jailed on this host."""
     for program in (bubblewrap.BINARY, bubblewrap.SETPRIV):
         if shutil.which(program) is None:
-            raise HostNotReady(f"{program} is missing, so VMMs can't be jailed. Install it with: {HOW_TO_GET}")
+            raise HostNotReady(f"{program} is missing, so {whom} can't be jailed. Install it with: {HOW_TO_GET}")
+
+
+def check(settings: Settings) -> str:
+    """Make a jail and run a program in it; what was found, in words. Raises HostNotReady with the remedy."""
+    require("VMMs")
     uid = settings.jail_uid_first if os.geteuid() == 0 else None
     walls = Walls(bubblewrap.SETPRIV, None, uid)
     says, says_end = os.pipe()

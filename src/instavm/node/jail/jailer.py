@@ -16,7 +16,7 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import HostNotReady
-from instavm.node.jail.jail import WALLS_S, Cage, Jailed, Jails, end, spawn
+from instavm.node.jail.jail import Cage, Jailed, Jails, spawn
 
 ID = "m"
 """The jailer's name of a machine, short since paths of sockets are; the machine's own is that of its folder."""
@@ -125,19 +125,7 @@ async def start(jails: Jails, cage: Cage, cell: Cell, output: int) -> Jailed:
         command = arguments(cell, cage.uid, jails.rlimits(True))
         popen = spawn(command, cell.given, output, theirs.fileno())
         theirs.close()
-        pid = None
-        try:
-            with anyio.fail_after(WALLS_S):
-                pid = await _told_pid(ours)
-            await anyio.to_thread.run_sync(jails.confine, cage, pid)
-            ours.send(b"go\n")
-        except BaseException as exc:
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(end, popen, pid)
-            if isinstance(exc, TimeoutError):
-                raise HostNotReady(f"no jail was made within {WALLS_S:.0f} s") from exc
-            raise
-    return Jailed(pid, popen, cage)
+        return await jails.release(popen, cage, lambda: _told_pid(ours), lambda: ours.send(b"go\n"))
 
 
 def _furnish(cell: Cell, uid: int) -> None:

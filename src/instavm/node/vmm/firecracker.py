@@ -30,8 +30,7 @@ from instavm.node.vmm import pages
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.disk_server import DiskServer, open_fuse
 from instavm.node.vmm.firecracker_api import Api
-from instavm.node.vmm.process import VMMProcess
-from instavm.node.vmm.qemu import created
+from instavm.node.vmm.process import OneProcess, VMMProcess
 from instavm.node.vmm.vsock import VsockLine
 from instavm.sandbox import Tier
 from instavm.settings import Settings
@@ -86,9 +85,9 @@ def _bucket(per_second: int) -> dict[str, int]:
     return {"size": per_second, "refill_time": REFILL_MS}
 
 
-class FirecrackerMachine:
+class FirecrackerMachine(OneProcess):
     def __init__(self, process: VMMProcess, api: Api, disk: DiskServer, root: Path, saved: Saved | None) -> None:
-        self._process = process
+        super().__init__(process)
         self._api = api
         self._disk = disk
         self._root = root
@@ -97,14 +96,6 @@ class FirecrackerMachine:
         self._fresh = False
         self._lines = WeakSet[VsockLine]()
         self._after_load: tuple[Call, ...] = ()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.alive
 
     async def dial(self) -> ByteStream:
         line = VsockLine(self._root / "agent.sock", self._running, lambda: self.alive, fresh=self._fresh)
@@ -146,7 +137,7 @@ class FirecrackerMachine:
     async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
         # Firecracker's own pages since its last snapshot are not all that differ from the template, so these are found as
         # they are for any VMM; what it writes of them here is thrown away.
-        with created(changes) as into:
+        with pages.created(changes) as into:
             since = self._root / "since"
             await self._snapshot(state, since)
             since.unlink()
@@ -163,13 +154,6 @@ class FirecrackerMachine:
         """What Firecracker counts, as a line of JSON. Raises BootFailed."""
         await self._api.call("PUT", "/actions", {"action_type": "FlushMetrics"})
         return self._api.metrics()
-
-    @property
-    def over_memory(self) -> bool:
-        return self._process.cage.over_memory
-
-    async def wait(self) -> int:
-        return await self._process.wait()
 
     async def console(self) -> str:
         return self._process.last_words(1 << 16)

@@ -158,3 +158,25 @@ class VMMProcess:
 
     def last_words(self, limit: int = 2000) -> str:
         return self._words.last(limit)
+
+
+class OneProcess:
+    """What a machine is, by way of the one process that it runs in. The base of every driver's machine."""
+
+    def __init__(self, process: VMMProcess) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.alive
+
+    @property
+    def over_memory(self) -> bool:
+        return self._process.cage.over_memory
+
+    async def wait(self) -> int:
+        return await self._process.wait()

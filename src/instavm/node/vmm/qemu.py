@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from instavm.node.vmm import blocks, pages, tsc
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.monitor import Monitor, listening
-from instavm.node.vmm.process import VMMProcess
+from instavm.node.vmm.process import OneProcess, VMMProcess
 from instavm.sandbox import Tier
 
 BINARY = "qemu-system-x86_64"
@@ -129,20 +129,12 @@ def boot_arguments(given: Descriptors, acceleration: str) -> list[str]:
     return ["-kernel", f"/proc/self/fd/{given.kernel}", "-initrd", f"/proc/self/fd/{given.initrd}", "-append", append]
 
 
-class QemuMachine:
+class QemuMachine(OneProcess):
     def __init__(self, process: VMMProcess, agent_path: Path, state_fd: int | None) -> None:
-        self._process = process
+        super().__init__(process)
         self._monitor = Monitor(process.last_words)
         self._agent_path = agent_path
         self._state_fd = state_fd
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        return self._process.alive
 
     async def connect(self, control: Path) -> None:
         """Take up the line to QEMU's monitor. Raises BootFailed."""
@@ -176,8 +168,8 @@ class QemuMachine:
 
     async def save_changes(self, memory: Path, state: Path, changes: Path) -> None:
         # The command is named after its first user; what it writes is what a migration writes of devices.
-        with created(changes) as into:
-            with created(state) as fd:
+        with pages.created(changes) as into:
+            with pages.created(state) as fd:
                 self._monitor.send_fd(fd)
                 fdset = (await self._monitor.execute("add-fd"))["fdset-id"]
             where = f"/dev/fdset/{fdset}"
@@ -193,13 +185,6 @@ class QemuMachine:
 
     async def merge_layers(self, base: Path) -> None:
         await self._monitor.merge_layers(blocks.node(base), base)
-
-    @property
-    def over_memory(self) -> bool:
-        return self._process.cage.over_memory
-
-    async def wait(self) -> int:
-        return await self._process.wait()
 
     async def console(self) -> str:
         if not self._process.alive:
@@ -379,12 +364,3 @@ def reading(path: Path, opened: ExitStack) -> int:
 def held(fd: int, opened: ExitStack) -> int:
     opened.callback(os.close, fd)
     return fd
-
-
-@contextmanager
-def created(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
