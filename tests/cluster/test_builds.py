@@ -12,6 +12,8 @@ from oci_made import busybox, entry, layer, layout
 
 from instavm.errors import ForbiddenError, SnapshotError
 from instavm.node import inventory
+from instavm.node.images.store import ImageStore
+from instavm.node.registries import Known
 
 NOTHING = inventory.Inventory(frozenset(), frozenset())
 
@@ -47,20 +49,28 @@ def started(client, snapshot_id):
     return client
 
 
-REGISTRIES = ("deb.debian.org", "pypi.org", "files.pythonhosted.org", "registry.npmjs.org")
+def registries(client, settings):
+    """Where the default image's package managers go: those of an image that is made of its files go there, too."""
+    client.start_session()
+    client.execute("1")  # its template has been asked
+    client.kill()
+    image = ImageStore(settings.cache_dir, settings.disk_gib).find("default")
+    return [one.host for one in Known(settings.cache_dir / "registries").of(image.digest)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_everything_that_a_build_can_add(servers, internet, tmp_path):
+def test_everything_that_a_build_can_add(servers, settings, internet, tmp_path):
     """A Debian with apt, pip, npm and git in it, the real registries, and a git server out there."""
+    servers.start(SPARE_MACHINES=0, EGRESS_DNS=json.dumps([internet.a]))
+    client = servers.client(auto_start_session=False)
+    real = registries(client, settings)
+    assert len(real) >= 3
     internet.names(
-        {name: sorted({one[4][0] for one in socket.getaddrinfo(name, 443, socket.AF_INET)}) for name in REGISTRIES}
+        {name: sorted({one[4][0] for one in socket.getaddrinfo(name, 443, socket.AF_INET)}) for name in real}
         | {"git.test": [internet.a], "evil.test": [internet.a]}
     )
     repository = internet.repository("app", {"README": "from the repository\n"}, "trunk")
-    servers.start(SPARE_MACHINES=0, EGRESS_DNS=json.dumps([internet.a]))
-    client = servers.client(auto_start_session=False)
     image = layout(
         tmp_path / "layout", *debian_made.layers(), env=["FROM_IMAGE=1"], labels={"by": "test"}, packed="zstd"
     )
