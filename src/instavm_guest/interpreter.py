@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -93,7 +94,14 @@ class Interpreter:
         self._env: dict[str, str] = {}
         self._cwd = "/app"
         self._fresh = 0
+        self._staged: dict[str, str] = {}
+        """What every worker must know on top of the image's variables."""
         self._new_env: dict[str, str] = {}
+        """Of that, what the worker has not heard yet."""
+        self._unread = False
+        """Whether the worker ended with a request before it that it never took."""
+        self._lost = False
+        """Whether an interpreter, with all its variables, was lost between two cells: the next answer tells."""
 
     def configure(self, env: dict[str, str], cwd: str) -> None:
         """What the image asks for; a worker is started when the first cell comes, or by `start`."""
@@ -110,7 +118,7 @@ class Interpreter:
     def identify(self, env: dict[str, str]) -> None:
         """This is another sandbox now. The worker hears it with its next cell, ahead of the cell's code."""
         self._fresh = FRESH
-        self._new_env = dict(env)
+        self._staged, self._new_env = dict(env), dict(env)
 
     def end_rehearsal(self) -> None:
         """Or a sandbox that is never given a cell would go on with it forever."""
@@ -119,6 +127,7 @@ class Interpreter:
 
     def stage(self, env: dict[str, str]) -> None:
         """Variables for every cell from now on; the worker hears them with the next one."""
+        self._staged.update(env)
         self._new_env.update(env)
 
     def execute(self, request: int, code: str, env: dict[str, str], timeout_s: float) -> None:
@@ -181,7 +190,8 @@ class Interpreter:
         fds = [null, outputs[0].write_end, outputs[1].write_end, theirs.fileno(), source, pulse]
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
-        self._doomed = self._interrupted = False
+        self._doomed = self._interrupted = self._unread = False
+        self._new_env = dict(self._staged)
         self._number = self._programs.spawn(self._kind.programs, self._env, self._cwd, self._cgroup, fds, self._died)
         for fd in (null, source, pulse):
             os.close(fd)
@@ -214,7 +224,7 @@ class Interpreter:
         try:
             self._line.sendall(ask)
         except OSError:
-            pass  # it died just now: _died answers for the cell
+            self._unread = True  # it died just now: _died sees to the cell
 
     def _heard(self, _fd: int) -> None:
         assert self._line is not None
@@ -222,6 +232,10 @@ class Interpreter:
             data = self._line.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return  # told of a descriptor that was another one's until just now
+        except (
+            ConnectionResetError
+        ):  # what the kernel says of a peer that closed without having read everything; unix(7)
+            self._unread, data = True, b""
         except OSError:
             data = b""
         if not data:
@@ -268,12 +282,21 @@ class Interpreter:
         """The worker process ended: crashed, killed, or told to by os._exit()."""
         assert self._line is not None
         self._agent.unwatch(self._line.fileno())
+        unread = self._unread or self._line.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
         self._line.close()
         self._line = None
         if self._pulse is not None:
             os.close(self._pulse)
             self._pulse = None
-        if self._current is not None:
+        again = unread and not self._lost and self._reason is None and report["exit"] != EXIT_MISSING
+        if self._current is None:
+            self._lost = report["exit"] != EXIT_MISSING
+        elif again:  # an earlier cell's doing: this one has not begun, so the next worker gets it
+            self._lost = True
+            self._queue.appendleft(self._current)
+            self._current = self._deadline = None
+            self._next()
+        else:
             self._restarted = report["exit"] != EXIT_MISSING
             wall = time.monotonic() - self._began
             self._finish(report["exit"], wall, self._cpu_until_death(wall), report["rss_kib"], cut=False)
@@ -296,7 +319,8 @@ class Interpreter:
         reason = self._reason
         if reason is None and exit_code != 0:
             reason = self._why(exit_code)
-        self._agent.answer(cell.request, result(exit_code, wall, cpu, peak_kib, reason, cut, self._restarted))
+        lost, self._lost = self._restarted or self._lost, False
+        self._agent.answer(cell.request, result(exit_code, wall, cpu, peak_kib, reason, cut, lost))
         self._next()
 
     def _why(self, exit_code: int) -> str | None:

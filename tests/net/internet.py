@@ -19,6 +19,8 @@ from instavm.node.network.space import Space
 from instavm.sandbox import Command, Egress
 
 METADATA = "169.254.169.254"
+TABLES = 77000
+"""Each run's routes have a table of their own that is asked first: this host or another run may know the metadata service too."""
 
 
 def ip(*words):
@@ -88,6 +90,7 @@ def internet(tmp_path_factory):
     public = [f"{block}.{number % 125 * 2 + one}" for one in (1, 2)]
     world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
     there = f"100.127.{number}.2"
+    addresses = [world.a, world.b, world.private, METADATA]
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
@@ -109,10 +112,10 @@ def internet(tmp_path_factory):
         ip(*inside, "addr", "add", f"{there}/30", "dev", "up0")
         ip(*inside, "link", "set", "up0", "up")
         ip(*inside, "route", "add", "default", "via", world.host)
-        addresses = [world.a, world.b, world.private, METADATA]
         for address in addresses:
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
-            ip("route", "add", f"{address}/32", "via", there, "metric", str(number + 1))  # another run has that one too
+            ip("route", "add", f"{address}/32", "via", there, "table", str(TABLES + number))
+            ip("rule", "add", "to", address, "lookup", str(TABLES + number), "priority", str(number + 1))
         world.nft(
             "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
             f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"
@@ -131,6 +134,8 @@ def internet(tmp_path_factory):
             process.stdout.close()
     finally:
         ip("netns", "del", name)
+        for address in addresses:
+            ip("rule", "del", "to", address, "priority", str(number + 1))
 
 
 class Live:

@@ -119,3 +119,5 @@ async def test_staged_variables_are_there_for_what_starts_afterwards(sandbox):
     await sandbox.node.stage_env(sandbox.vm_id, {"TOKEN": "s3cret"})
     assert (await sandbox.bash("echo $TOKEN")).stdout == "s3cret\n"
     assert (await sandbox.python("import os; print(os.environ['TOKEN'])")).stdout == "s3cret\n"
+    await sandbox.python("os._exit(3)")
+    assert (await sandbox.python("import os; print(os.environ['TOKEN'])")).stdout == "s3cret\n", "in a new interpreter"

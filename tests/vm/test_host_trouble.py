@@ -57,9 +57,13 @@ async def test_a_full_disk_is_told_and_leaves_nothing(own):
         subprocess.run(["umount", own.state_dir], check=True)
 
 
-async def test_a_sandbox_that_fills_the_hosts_disk_is_ended_and_its_neighbour_goes_on(own):
+async def test_a_sandbox_that_fills_the_hosts_disk_is_ended_and_its_neighbour_goes_on(own, short_folder):
+    """A disk of its own, and no tmpfs: what is written there would count as memory of the VMM."""
     own.state_dir.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800m", "tmpfs", own.state_dir], check=True)
+    with (short_folder / "disk").open("wb") as disk:
+        disk.truncate(800 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk.name], check=True)
+    subprocess.run(["mount", "-o", "loop", disk.name, own.state_dir], check=True)
     try:
         async with Runtime.open(own) as node:
             ended = []

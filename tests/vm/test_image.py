@@ -46,9 +46,13 @@ async def test_the_users_world_is_the_users_alone(sandbox):
 
 
 async def test_root_can_not_end_the_agent(sandbox):
-    """Killing everything that can be seen leaves the sandbox usable."""
+    """Killing everything that can be seen leaves the sandbox usable, and the next answer says what was lost."""
+    await sandbox.python("kept = 1")
     await sandbox.bash("kill -9 -1")
-    assert (await sandbox.python("print('still here')")).stdout == "still here\n"
+    done = await sandbox.python("print('still here'); kept")
+    assert done.stdout == "still here\n"
+    assert "NameError: name 'kept'" in done.stderr
+    assert "the interpreter ended; its variables are gone" in done.stderr
 
 
 async def test_programs_from_another_place_than_app_and_signals_are_as_usual(sandbox):

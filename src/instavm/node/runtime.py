@@ -469,7 +469,7 @@ class Runtime:
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
         if sandbox.why is not None:
-            if sandbox.prepared.machine.over_memory:
+            if sandbox.prepared.machine.over_memory and not sandbox.over_disk:
                 why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
                 self._on_end(Ended(sandbox.vm_id, EndReason.OVER_LIMIT, why))
             else:
