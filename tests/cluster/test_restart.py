@@ -49,10 +49,11 @@ def test_a_task_survives_the_server(servers, signum):
     servers.start(ON_SHUTDOWN="leave")
     client = servers.client()
     client.execute("1")
-    ask = {"command": "echo before; sleep 6; echo after; exit 3", "session_id": client.session_id, "language": "bash"}
+    command = "echo before; touch begun; sleep 6; echo after; exit 3"
+    ask = {"command": command, "session_id": client.session_id, "language": "bash"}
     url, headers = f"http://127.0.0.1:{servers.port}", {"X-API-Key": servers.key}
     task = httpx.post(f"{url}/execute_async", json=ask, headers=headers).json()["task_id"]
-    client.execute("print('the task has begun')")
+    client.execute("until [ -e begun ]; do sleep 0.1; done", language="bash")
     servers.end(signum)
     servers.start(ON_SHUTDOWN="stop")
     deadline = time.monotonic() + 120
