@@ -94,17 +94,18 @@ class Interpreter:
         self._env: dict[str, str] = {}
         self._cwd = "/app"
         self._fresh = 0
-        self._staged: dict[str, str] = {}
-        """What every worker must know on top of the image's variables."""
         self._new_env: dict[str, str] = {}
-        """Of that, what the worker has not heard yet."""
+        """What came after the worker was started, and it has not heard yet."""
         self._unread = False
         """Whether the worker ended with a request before it that it never took."""
         self._lost = False
         """Whether an interpreter, with all its variables, was lost between two cells: the next answer tells."""
 
     def configure(self, env: dict[str, str], cwd: str) -> None:
-        """What the image asks for; a worker is started when the first cell comes, or by `start`."""
+        """What the image asks for; a worker is started when the first cell comes, or by `start`.
+
+        env: the agent's own, which it keeps up to date: what is staged later is there in every worker started later.
+        """
         self._env, self._cwd = env, cwd
 
     def start(self) -> None:
@@ -118,7 +119,7 @@ class Interpreter:
     def identify(self, env: dict[str, str]) -> None:
         """This is another sandbox now. The worker hears it with its next cell, ahead of the cell's code."""
         self._fresh = FRESH
-        self._staged, self._new_env = dict(env), dict(env)
+        self._new_env = dict(env)
 
     def end_rehearsal(self) -> None:
         """Or a sandbox that is never given a cell would go on with it forever."""
@@ -127,7 +128,6 @@ class Interpreter:
 
     def stage(self, env: dict[str, str]) -> None:
         """Variables for every cell from now on; the worker hears them with the next one."""
-        self._staged.update(env)
         self._new_env.update(env)
 
     def execute(self, request: int, code: str, env: dict[str, str], timeout_s: float) -> None:
@@ -191,7 +191,6 @@ class Interpreter:
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
         self._doomed = self._interrupted = self._unread = False
-        self._new_env = dict(self._staged)
         self._number = self._programs.spawn(self._kind.programs, self._env, self._cwd, self._cgroup, fds, self._died)
         for fd in (null, source, pulse):
             os.close(fd)
@@ -232,9 +231,7 @@ class Interpreter:
             data = self._line.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return  # told of a descriptor that was another one's until just now
-        except (
-            ConnectionResetError
-        ):  # what the kernel says of a peer that closed without having read everything; unix(7)
+        except ConnectionResetError:  # it closed without having read everything
             self._unread, data = True, b""
         except OSError:
             data = b""
@@ -288,16 +285,18 @@ class Interpreter:
         if self._pulse is not None:
             os.close(self._pulse)
             self._pulse = None
-        again = unread and not self._lost and self._reason is None and report["exit"] != EXIT_MISSING
+        ran = report["exit"] != EXIT_MISSING
         if self._current is None:
-            self._lost = report["exit"] != EXIT_MISSING
-        elif again:  # an earlier cell's doing: this one has not begun, so the next worker gets it
+            self._lost = ran
+        elif (
+            ran and unread and not self._lost and self._reason is None
+        ):  # an earlier cell's doing: this one has not begun, so the next worker gets it
             self._lost = True
             self._queue.appendleft(self._current)
             self._current = self._deadline = None
             self._next()
         else:
-            self._restarted = report["exit"] != EXIT_MISSING
+            self._restarted = ran
             wall = time.monotonic() - self._began
             self._finish(report["exit"], wall, self._cpu_until_death(wall), report["rss_kib"], cut=False)
             if self._restarted and self._line is None:

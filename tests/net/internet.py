@@ -5,6 +5,7 @@ The host reaches it through a pair of interfaces; it is gone with the test. Sand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -90,7 +91,6 @@ def internet(tmp_path_factory):
     public = [f"{block}.{number % 125 * 2 + one}" for one in (1, 2)]
     world = Internet(folder, name, *public, f"10.{number}.77.1", f"100.127.{number}.1")
     there = f"100.127.{number}.2"
-    addresses = [world.a, world.b, world.private, METADATA]
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test"),
@@ -102,6 +102,7 @@ def internet(tmp_path_factory):
     )
     world.zone()
     world.forget()
+    rules = contextlib.ExitStack()
     ip("netns", "add", name)
     try:
         ip("link", "add", name, "type", "veth", "peer", "name", "up0", "netns", name)
@@ -112,10 +113,13 @@ def internet(tmp_path_factory):
         ip(*inside, "addr", "add", f"{there}/30", "dev", "up0")
         ip(*inside, "link", "set", "up0", "up")
         ip(*inside, "route", "add", "default", "via", world.host)
+        addresses = [world.a, world.b, world.private, METADATA]
         for address in addresses:
             ip(*inside, "addr", "add", f"{address}/32", "dev", "lo")
             ip("route", "add", f"{address}/32", "via", there, "table", str(TABLES + number))
-            ip("rule", "add", "to", address, "lookup", str(TABLES + number), "priority", str(number + 1))
+            rule = ("to", address, "lookup", str(TABLES + number), "priority", str(number + 1))
+            ip("rule", "add", *rule)
+            rules.callback(ip, "rule", "del", *rule)
         world.nft(
             "table ip seen {\n chain arrive {\n type filter hook prerouting priority raw; policy accept;\n"
             f"iifname up0 ip daddr {{ {', '.join(addresses)} }} counter\n }}\n }}"
@@ -133,9 +137,8 @@ def internet(tmp_path_factory):
             process.wait(20)
             process.stdout.close()
     finally:
+        rules.close()
         ip("netns", "del", name)
-        for address in addresses:
-            ip("rule", "del", "to", address, "priority", str(number + 1))
 
 
 class Live:

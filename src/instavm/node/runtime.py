@@ -469,12 +469,13 @@ class Runtime:
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
         if sandbox.why is not None:
-            if sandbox.prepared.machine.over_memory and not sandbox.over_disk:
+            reason, why = EndReason.CRASHED, sandbox.why
+            if sandbox.over_disk:
+                reason = EndReason.OVER_LIMIT
+            elif sandbox.prepared.machine.over_memory:
+                reason = EndReason.OVER_LIMIT
                 why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
-                self._on_end(Ended(sandbox.vm_id, EndReason.OVER_LIMIT, why))
-            else:
-                reason = EndReason.OVER_LIMIT if sandbox.over_disk else EndReason.CRASHED
-                self._on_end(Ended(sandbox.vm_id, reason, sandbox.why))
+            self._on_end(Ended(sandbox.vm_id, reason, why))
 
     def _homes(self) -> dict[str, Path]:
         return {vm_id: sandbox.prepared.home for vm_id, sandbox in self._live.items()}
