@@ -21,7 +21,7 @@ def anyio_backend():
 @pytest.fixture(scope="session")
 def short_folder():
     """A folder with a short name: paths of Unix sockets end at 107 bytes."""
-    with tempfile.TemporaryDirectory(prefix="ivm-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ivmt-") as folder:
         yield Path(folder)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,18 @@ async def test_the_same_attempts_succeed_without_a_jail(outside):
     assert {name for name, what in got.items() if what is None} == set()
 
 
-async def test_without_root_it_stays_inside_too(outside, tmp_path_factory):
+async def test_without_root_it_stays_inside_too(outside):
     """Weaker, and only where the documents say so: no uid of its own, so what it may do is done in its own folder."""
-    place = tmp_path_factory.mktemp("rootless")
-    os.chown(place, 65534, 65534)
-    for above in (place.parent, place.parent.parent):
-        above.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, PROGRAM.with_name("without_root.py"), place, PROGRAM.read_text(), json.dumps(outside)],
-        pass_fds=(outside["layer_fd"], outside["memory_fd"]),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+    with tempfile.TemporaryDirectory(prefix="ivmt-") as place:
+        os.chown(place, 65534, 65534)
+        done = subprocess.run(
+            [sys.executable, PROGRAM.with_name("without_root.py"), place, PROGRAM.read_text(), json.dumps(outside)],
+            pass_fds=(outside["layer_fd"], outside["memory_fd"]),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
     got = {name for name, what in json.loads(done.stdout.splitlines()[-1]).items() if what is not None}
     assert got <= {
         *("the_note_that_says_whose_machine_this_is", "a_note_of_our_own", "another_file_in_the_own_folder"),

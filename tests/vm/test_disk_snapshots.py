@@ -7,6 +7,7 @@ import pytest
 
 from instavm.errors import SnapshotError
 from instavm.node.layers import DEEP, held
+from instavm.node.snapshots import PIN
 from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
@@ -84,3 +85,28 @@ async def test_a_freeze_ends_by_itself_and_a_snapshot_under_it_is_refused(node, 
     assert await node.stored() == {}
     assert (await sandbox.bash("echo y > /app/file; cat /app/file")).stdout == "y\n"
     await node.snapshot(sandbox.vm_id, names[0])
+
+
+async def test_a_machine_that_is_being_made_ahead_goes_with_its_snapshot(node, sandbox, names):
+    """The snapshot is deleted just while a spare machine of it comes up: neither that nor a layer of it may stay."""
+    await node.snapshot(sandbox.vm_id, names[0])
+    await sandbox.stop()
+
+    def standing():
+        """The machines that stand on a template of it."""
+        own = {path.stat().st_ino for path in node._templates.own.glob(f"*/{PIN}")}
+        return [pin for pin in node._machines.folder.glob(f"*/{PIN}") if pin.stat().st_ino in own]
+
+    await node.start(SandboxSpec("vm-of-snapshot", 1, 256, image=names[0]))
+    try:
+        with anyio.fail_after(60):
+            while len(standing()) < 2:  # the sandbox, and the spare one that is being made
+                await anyio.sleep(0.001)
+        await node.forget(names[0])
+    finally:
+        await node.stop("vm-of-snapshot")
+    with anyio.fail_after(60):
+        while standing():
+            await anyio.sleep(0.02)
+    await node.clear_up(dry_run=False)
+    assert not any((node._settings.state_dir / "layers").iterdir())

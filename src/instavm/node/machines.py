@@ -220,13 +220,11 @@ class Machines:
 
     async def drop(self, key: str) -> None:
         """Nothing is started from this template any more: end what waits for that."""
-        if (shelf := self._shelves.get(key)) is not None:
+        if (shelf := self._shelves.pop(key, None)) is not None:
             shelf.over = True
             shelf.changed.set()
             for ready in (*shelf.warm, *shelf.spare):
                 await ready.aclose()
-            shelf.warm.clear()
-            shelf.spare.clear()
 
     async def adopt(self, pid: int, home: Path, template: str) -> Prepared:
         """A machine that an earlier server left running in `home`. Raises BootFailed, OutcomeUnknown, TimeoutError."""
@@ -265,13 +263,13 @@ class Machines:
     async def _close_the_gap(self, template: Template, shelf: Shelf) -> None:
         while len(shelf.warm) > self._warm_wanted(shelf):
             await shelf.warm.pop().aclose()
-        while len(shelf.spare) < self._spares_wanted:
+        while len(shelf.spare) < self._spares_wanted and not shelf.over:
             ready = await self._prepare(template, background=True)
             ready.stage = "spare_machine"
-            shelf.spare.append(ready)
-        while len(shelf.warm) < self._warm_wanted(shelf):
+            await _put(shelf, shelf.spare, ready)
+        while len(shelf.warm) < self._warm_wanted(shelf) and not shelf.over:
             began = time.monotonic()
-            shelf.warm.append(await self._warm(template))
+            await _put(shelf, shelf.warm, await self._warm(template))
             shelf.refill_s += (time.monotonic() - began - shelf.refill_s) / 4
 
     def _warm_wanted(self, shelf: Shelf) -> int:
@@ -369,6 +367,14 @@ def make_home(home: Path, template: Template, furnish: Callable[[Path], None]) -
 
 def _nothing() -> None:
     """Its agent is listened to already."""
+
+
+async def _put(shelf: Shelf, ready: deque[Prepared], made: Prepared) -> None:
+    """One more that waits, unless its image went while it was made: nobody would ever take it."""
+    if shelf.over:
+        await made.aclose()
+    else:
+        ready.append(made)
 
 
 def remove_home(home: Path) -> None:
