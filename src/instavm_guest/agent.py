@@ -175,8 +175,8 @@ class Agent:
             return
         code, language, timeout_s = message["code"], message["language"], message["timeout_ms"] / 1000
         if "task" in message:
-            if not code:
-                self.fail(request, "unknown_task", "this sandbox knows no such task")
+            if not code or self._tasks.forgotten(message["task"]):
+                self.fail(request, "unknown_task", "this sandbox does not know what became of that task")
                 return
             self._tasks.begin(message["task"], request)
         if language == "python":

@@ -9,6 +9,8 @@ from instavm_guest import frames
 HALF_BYTES = 256 << 10
 """Of each stream the first and the last so many bytes are kept."""
 ENDED_MAX = 32
+FORGOTTEN_MAX = 10_000
+"""Names of tasks that are not kept any more: asked for again, they must not run again."""
 
 
 class Stream:
@@ -73,6 +75,7 @@ class Tasks:
     def __init__(self, send: Callable[[int, int, bytes], None]) -> None:
         self._send = send
         self._by_name: dict[str, Kept] = {}
+        self._forgotten: dict[str, None] = {}
         self.running: dict[int, Kept] = {}
         """By the request that began it."""
 
@@ -80,7 +83,14 @@ class Tasks:
         ended = [other for other, kept in self._by_name.items() if kept.ended]
         for other in ended[: max(0, len(ended) - ENDED_MAX)]:
             del self._by_name[other]
+            self._forgotten[other] = None
+        while len(self._forgotten) > FORGOTTEN_MAX:
+            del self._forgotten[next(iter(self._forgotten))]
         self._by_name[name] = self.running[request] = Kept(request)
+
+    def forgotten(self, name: str) -> bool:
+        """Whether it ended so long ago that nothing is known of it but that."""
+        return name in self._forgotten
 
     def joined(self, name: str, request: int) -> bool:
         """Tell `request` all of the task so far, and what comes from now on. False if there is no such task."""

@@ -1,7 +1,10 @@
 """`kill -9` in the midst of a create, at each step of it: nothing leaks, and the same request sent again makes one VM."""
 
 import signal
+import sqlite3
 import sys
+import time
+from contextlib import closing, suppress
 from pathlib import Path
 
 import httpx
@@ -48,3 +51,42 @@ def test_killed_at(servers, point):
     assert len(inventory.take(servers.state).processes) == 1
     client.kill()
     assert inventory.take(servers.state) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "before instavm.control.sessions:Sessions.ready",
+        "before instavm.control.executions:Executions.run",
+        "before instavm.node.agent:Agent.execute",
+        "after instavm.node.agent:Agent.execute",
+    ],
+)
+def test_a_task_is_never_lost_and_runs_once(servers, point):
+    """Answered or not: once it is recorded it runs, whichever server does it, and what it wrote is told."""
+    when, where = point.split()
+    url, headers = f"http://127.0.0.1:{servers.port}", {"X-API-Key": servers.key}
+    servers.start()
+    with servers.client() as client:
+        client.execute("1")  # so that the next server finds the template
+    servers.end()
+    servers.start(sys.executable, str(MORTAL), where, when, SPARE_MACHINES=0)
+    ask = {"command": "echo ran >> /app/ran; cat /app/ran", "language": "bash"}
+    with suppress(httpx.TransportError):
+        httpx.post(f"{url}/execute_async", json=ask, headers=headers, timeout=60)
+    assert servers.process.wait(60) != 0
+    servers.start()
+    deadline = time.monotonic() + 120
+    while True:
+        (task,) = httpx.get(f"{url}/v1/executions/", headers=headers).json()
+        if task["is_complete"]:
+            break
+        assert time.monotonic() < deadline, task
+        time.sleep(0.1)
+    assert (task["status"], task["stdout"]) == ("completed", "ran\n")
+    client = servers.client(auto_start_session=False)
+    client.session_id = task["session_id"]
+    assert client.execute("cat /app/ran", language="bash").stdout == "ran\n"
+    client.kill()
+    with closing(sqlite3.connect(servers.state / "control" / "control.db")) as database:
+        assert database.execute("SELECT command FROM tasks").fetchall() == [(None,)], "it is kept no longer than needed"

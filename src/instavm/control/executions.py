@@ -19,8 +19,6 @@ from instavm.wire.sessions import CreateSession
 
 LAST_SECOND_S: Final = 1.0
 """A command without a timeout is stopped this long before the lifetime ends, to save its output."""
-REJOIN_S: Final = 31 * 86_400.0
-"""A task that is waited for again has its timeout in the sandbox already; this one only must not come before it."""
 ATTEMPTS: Final = 3
 """How often a sandbox may turn out to be gone before a command was sent to it."""
 
@@ -40,8 +38,16 @@ class Executions:
         self._node = node
         self._sessions = sessions
 
-    async def execute(
-        self, tenant: Tenant, ask: Execute, on_output: OutputSink | None = None, *, task: str | None = None
+    async def execute(self, tenant: Tenant, ask: Execute, on_output: OutputSink | None = None) -> Ran:
+        """As `run`, in the session that is named, or in one made for it. Raises: SessionNotFound, too."""
+        if ask.session_id is None:
+            session = await self._sessions.create(tenant, CreateSession())
+        else:
+            session = await self._sessions.get(tenant, ask.session_id)
+        return await self.run(session, ask, on_output)
+
+    async def run(
+        self, session: Session, ask: Execute, on_output: OutputSink | None = None, *, task: str | None = None
     ) -> Ran:
         """Run one command to its end. `on_output` sees each piece of output as it arrives.
 
@@ -49,12 +55,8 @@ class Executions:
 
         It is sent to at most one sandbox: one that is lost before the command went out is replaced, one that
         is lost afterwards is not.
-        Raises: SessionNotFound, SessionEnded, OutcomeUnknown, BootFailed, NoCapacity, HostNotReady, DiskFull.
+        Raises: SessionEnded, OutcomeUnknown, BootFailed, NoCapacity, HostNotReady, DiskFull.
         """
-        if ask.session_id is None:
-            session = await self._sessions.create(tenant, CreateSession())
-        else:
-            session = await self._sessions.get(tenant, ask.session_id)
         for _ in range(ATTEMPTS):
             vm = await self._sessions.ready(session)
             outcome = await self._run(session, vm, ask, on_output, task)
@@ -63,9 +65,11 @@ class Executions:
                 return Ran(session.id, vm.id, outcome, _tell_start(vm))
         raise OutcomeUnknown(f"session {session.id} lost its sandbox {ATTEMPTS} times before the code could be sent")
 
-    async def rejoin(self, session: Session, vm: Vm, language: str, task: str) -> Outcome | None:
-        """Wait for a task that an earlier server began in this sandbox. Raises: ExecutionError, if it did not."""
-        ask = Execute.model_construct(command="", session_id=session.id, language=language, timeout=REJOIN_S)
+    async def rejoin(self, session: Session, vm: Vm, ask: Execute, task: str) -> Outcome | None:
+        """Wait for a task that an earlier server began in this sandbox; it begins now, if it did not.
+
+        Returns: None when the sandbox is gone. Raises: as `run`; ExecutionError: it ran, and is not kept any more.
+        """
         return await self._run(session, vm, ask, None, task)
 
     async def _run(

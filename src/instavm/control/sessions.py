@@ -236,9 +236,13 @@ class Sessions:
             self._store.egress.put(rest.id, egress)
         return self._store.egress.put(session.id, egress)
 
+    async def recall(self, session_id: str) -> Session | None:
+        """A session of whatever tenant, for what an earlier server left undone in it."""
+        return self._known.get(session_id) or await self._recall(None, session_id)
+
     async def resting(self, session_id: str) -> Session | None:
         """A session whose sandbox is suspended."""
-        session = self._known.get(session_id) or await self._recall(None, session_id)
+        session = await self.recall(session_id)
         return session if session is not None and session.at_rest() is not None else None
 
     def begin(self, session: Session) -> Vm:

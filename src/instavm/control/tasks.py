@@ -57,6 +57,7 @@ class Tasks:
 
     def __init__(self, store: Store, sessions: Sessions, executions: Executions, tasks: TaskGroup) -> None:
         self._rows = store.tasks
+        self._accounts = store.accounts
         self._journal = store.journal
         self._sessions = sessions
         self._executions = executions
@@ -76,10 +77,18 @@ class Tasks:
             session = await self._sessions.get(tenant, ask.session_id)
         if session.closed:
             raise SessionEnded(f"session {session.id} was killed; make a new one")
-        row = TaskRow(new_task_id(), tenant.id, session.id, ask.language, datetime.now(UTC))
+        row = TaskRow(
+            new_task_id(),
+            tenant.id,
+            session.id,
+            ask.language,
+            datetime.now(UTC),
+            command=ask.command,
+            timeout_s=ask.timeout,
+        )
         self._under_way[row.id] = row
         await self._journal.written(self._rows.add(row))
-        self._tasks.start_soon(self._run, tenant, session, row, ask, name=row.id)
+        self._tasks.start_soon(self._run, session, row, name=row.id)
         return row
 
     async def get(self, tenant: Tenant, task_id: str) -> TaskRow:
@@ -96,8 +105,15 @@ class Tasks:
         return [self._under_way.get(row.id, row) for row in await self._rows.of_tenant(tenant.id, limit)]
 
     async def take_up(self) -> None:
-        """Tasks of a server that is no more: those whose sandbox lives on are waited for again. Called once, at first."""
+        """Tasks of a server that is no more. Called once, at first.
+
+        One that was never sent runs now. One whose sandbox lives on is waited for again, and begins if it had not. Of one
+        whose sandbox is gone nobody knows whether it ran, so it does not run again.
+        """
         for row in await self._rows.unfinished():
+            if row.vm_id is None and row.command is not None:
+                await self._run_at_last(row)
+                continue
             session = self._sessions.adopted(row.session_id)
             resting = await self._sessions.resting(row.session_id)
             if resting is not None and row.vm_id is not None:
@@ -109,9 +125,18 @@ class Tasks:
                 self._under_way[row.id] = row
                 self._tasks.start_soon(self._rejoin, session, session.vm, row, name=row.id)
 
+    async def _run_at_last(self, row: TaskRow) -> None:
+        session = await self._sessions.recall(row.session_id)
+        if session is None or session.closed:
+            self._rows.change(_ended(row, "killed", reason="killed", stderr="[instavm] its session was killed\n"))
+            return
+        session.tenant = session.tenant or await self._accounts.tenant(row.tenant_id)
+        self._under_way[row.id] = row
+        self._tasks.start_soon(self._run, session, row, name=row.id)
+
     async def _rejoin(self, session: Session, vm: Vm, row: TaskRow) -> None:
         try:
-            outcome = await self._executions.rejoin(session, vm, row.language, row.id)
+            outcome = await self._executions.rejoin(session, vm, _command(row, vm), row.id)
             lost = _ended(row, "killed", reason="node_lost", stderr=_LOST)
             self._rows.change(lost if outcome is None else _finished(row, outcome))
         except InstaVMError as exc:
@@ -143,7 +168,7 @@ class Tasks:
             row = self._under_way[row.id] = replace(row, vm_id=vm.id)
             self._rows.change(row)
             try:
-                outcome = await self._executions.rejoin(session, vm, row.language, row.id)
+                outcome = await self._executions.rejoin(session, vm, _command(row, vm), row.id)
                 lost = _ended(row, "killed", reason="node_lost", stderr=_LOST)
                 return lost if outcome is None else _finished(row, outcome)
             except InstaVMError as exc:
@@ -153,30 +178,27 @@ class Tasks:
                     return None
                 return _ended(row, "killed", reason=str(vm.lifecycle.why or exc.code), stderr=f"[instavm] {exc}\n")
 
-    async def _run(self, tenant: Tenant, session: Session, row: TaskRow, ask: ExecuteAsync) -> None:
+    async def _run(self, session: Session, row: TaskRow) -> None:
         try:
-            ended = await self._outcome(tenant, session, row, ask)
+            ended = await self._outcome(session, row)
         except Exception:
             log.exception("task %s failed in a way that nobody foresaw", row.id)
             ended = _ended(row, "failed", reason="internal", stderr="[instavm] internal error\n")
         if ended is not None:
             self._rows.change(ended)
         del self._under_way[row.id]
-        await self._rows.prune(tenant.id)
+        await self._rows.prune(row.tenant_id)
 
-    async def _outcome(self, tenant: Tenant, session: Session, row: TaskRow, ask: ExecuteAsync) -> TaskRow | None:
+    async def _outcome(self, session: Session, row: TaskRow) -> TaskRow | None:
         """Returns: None when the server goes and leaves the task to itself."""
         vm: Vm | None = None
         kept = Kept()
         try:
             vm = await self._sessions.ready(session)
             row = self._under_way[row.id] = replace(row, status="running", vm_id=vm.id)
-            self._rows.change(row)
-            timeout_s = min(math.inf if ask.timeout is None else ask.timeout, (vm.remaining_s() or 0.0) + BEYOND_S)
-            command = Execute.model_construct(
-                command=ask.command, session_id=session.id, language=ask.language, timeout=timeout_s
-            )
-            ended = _finished(row, (await self._executions.execute(tenant, command, kept.add, task=row.id)).outcome)
+            await self._journal.written(self._rows.change(row))  # before it is sent: without this it was not
+            ran = await self._executions.run(session, _command(row, vm), kept.add, task=row.id)
+            ended = _finished(row, ran.outcome)
             if (
                 ended.exit_code and vm.asked_why is not None
             ):  # it was ended, and its last words came through all the same
@@ -194,8 +216,16 @@ class Tasks:
             return _ended(row, "failed", reason=exc.code, stderr=f"[instavm] {exc}\n")
 
 
+def _command(row: TaskRow, vm: Vm) -> Execute:
+    timeout_s = min(math.inf if row.timeout_s is None else row.timeout_s, (vm.remaining_s() or 0.0) + BEYOND_S)
+    return Execute.model_construct(
+        command=row.command or "", session_id=row.session_id, language=row.language, timeout=timeout_s
+    )
+
+
 def _ended(row: TaskRow, status: str, *, reason: str, stderr: str) -> TaskRow:
-    return replace(row, status=status, reason=reason, stderr=row.stderr + stderr, finished_at=datetime.now(UTC))
+    told = row.stderr + stderr
+    return replace(row, status=status, reason=reason, stderr=told, finished_at=datetime.now(UTC), command=None)
 
 
 def _finished(row: TaskRow, outcome: Outcome) -> TaskRow:
@@ -206,6 +236,7 @@ def _finished(row: TaskRow, outcome: Outcome) -> TaskRow:
         status=word,
         reason=outcome.reason,
         finished_at=datetime.now(UTC),
+        command=None,
         exit_code=outcome.exit_code,
         stdout=out,
         stderr=err,

@@ -56,4 +56,5 @@ def test_only_the_latest_ended_tasks_are_kept():
         tasks.take(frames.DONE, number, b"{}")
     tasks.begin("last", 1000)
     assert not tasks.joined("t0", 1001)
+    assert tasks.forgotten("t0") and not tasks.forgotten("last") and not tasks.forgotten("new")
     assert tasks.joined(f"t{kept.ENDED_MAX + 9}", 1002)

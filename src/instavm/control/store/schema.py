@@ -21,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -141,6 +141,8 @@ tasks = Table(
     Column("truncated", Integer, nullable=False, default=0),
     Column("execution_time_s", Float),
     Column("cpu_time_s", Float),
+    Column("command", String),
+    Column("timeout_s", Float),
     Index("tasks_of_tenant", "tenant_id", "created_at"),
     Index("tasks_by_status", "status"),
 )
@@ -209,5 +211,9 @@ STEPS: Final[Mapping[int, tuple[str, ...]]] = {
     2: (),
     3: _SNAPSHOTS,
     4: (),
+    5: (
+        "ALTER TABLE tasks ADD COLUMN command VARCHAR",
+        "ALTER TABLE tasks ADD COLUMN timeout_s FLOAT",
+    ),
 }
 """Version → what leads to the next one, besides tables that are new in it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -41,6 +41,10 @@ class TaskRow:
     truncated: bool = False
     execution_time_s: float | None = None
     cpu_time_s: float | None = None
+    command: str | None = field(default=None, repr=False)
+    """Until it has ended, so that no server's end loses a task; it may hold secrets, and goes then."""
+    timeout_s: float | None = None
+    """What was asked for; None = for as long as its sandbox lives."""
 
     @property
     def complete(self) -> bool:
@@ -56,9 +60,10 @@ class TaskRows:
         """Returns: the journal's mark."""
         return self._journal.append(Write(ADD_TASK, asdict(row)))
 
-    def change(self, row: TaskRow) -> None:
+    def change(self, row: TaskRow) -> int:
+        """Returns: the journal's mark."""
         values = asdict(row)
-        self._journal.append(Write(CHANGE_TASK, {"key": values.pop("id"), **values}))
+        return self._journal.append(Write(CHANGE_TASK, {"key": values.pop("id"), **values}))
 
     async def load(self, tenant_id: str, task_id: str) -> TaskRow | None:
         await self._journal.written()
