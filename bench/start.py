@@ -50,6 +50,18 @@ def starts(count: int, vcpus: int, memory_mib: int, *, apart_s: float = 0.0) -> 
     return times
 
 
+def jail_share(count: int, vcpus: int, memory_mib: int, rounds: int = 3) -> dict[str, dict[str, float]]:
+    """The same starts with the jail and with `INSTAVM_JAIL=off`, in turns, no machine made ahead: there it costs most."""
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for jail in ("on", "off"):
+            with server(spare_machines=0, jail=jail):
+                found = starts(count // rounds, vcpus, memory_mib)
+            for step in ("start: constructor to first result", "  node: machine"):
+                times[f"in turns, no spare machine, jail {jail}, {step.strip()}"] += found[step]
+    return {name: report.spread(values) for name, values in times.items()}
+
+
 def round_trips(count: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = defaultdict(list)
     with InstaVM(KEY) as vm:
@@ -108,6 +120,8 @@ def main() -> None:
     with server(spare_machines=0):
         for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory).items():
             results[f"back to back, no spare machine, {name.strip()}"] = report.spread(times)
+    for name, spread in jail_share(asked.sandboxes, asked.vcpus, asked.memory).items():
+        results[name] = spread
     with server(warm_machines=3):
         for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory, apart_s=2.0).items():
             results[f"warm machines, {name.strip()}"] = report.spread(times)
