@@ -19,6 +19,7 @@ from instavm.control.store.egress import EgressRows
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal
 from instavm.control.store.repeats import RepeatRows
+from instavm.control.store.seal import Seal
 from instavm.control.store.sessions import SessionRows
 from instavm.control.store.snapshots import SnapshotRows
 from instavm.control.store.tasks import TaskRows
@@ -33,11 +34,11 @@ FLUSH_S: Final = 10.0
 class Store:
     """What control remembers between two lives of the server."""
 
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, journal: Journal, seal: Seal) -> None:
         self.journal = journal
         self.accounts = AccountRows(engine)
         self.sessions = SessionRows(engine, journal)
-        self.tasks = TaskRows(engine, journal)
+        self.tasks = TaskRows(engine, journal, seal)
         self.snapshots = SnapshotRows(engine, journal)
         self.repeats = RepeatRows(engine, journal)
         self.egress = EgressRows(engine, journal)
@@ -49,7 +50,7 @@ async def open_store(path: Path) -> AsyncIterator[Store]:
     engine = await _opened(path)
     try:
         journal = Journal(engine)
-        store = Store(engine, journal)
+        store = Store(engine, journal, Seal(path.with_suffix(".key")))
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(journal.run)
             try:

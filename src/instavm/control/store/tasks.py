@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal, Write
 from instavm.control.store.schema import tasks
+from instavm.control.store.seal import Seal
 
 KEPT: Final = 1000
 """Tasks per tenant; of more, the oldest finished ones go."""
@@ -42,7 +43,7 @@ class TaskRow:
     execution_time_s: float | None = None
     cpu_time_s: float | None = None
     command: str | None = field(default=None, repr=False)
-    """Until it has ended, so that no server's end loses a task; it may hold secrets, and goes then."""
+    """Until it has ended, so that no server's end loses a task; it may hold secrets: kept sealed, and gone then."""
     timeout_s: float | None = None
     """What was asked for; None = for as long as its sandbox lives."""
 
@@ -52,34 +53,35 @@ class TaskRow:
 
 
 class TaskRows:
-    def __init__(self, engine: Engine, journal: Journal) -> None:
+    def __init__(self, engine: Engine, journal: Journal, seal: Seal) -> None:
         self._engine = engine
         self._journal = journal
+        self._seal = seal
 
     def add(self, row: TaskRow) -> int:
         """Returns: the journal's mark."""
-        return self._journal.append(Write(ADD_TASK, asdict(row)))
+        return self._journal.append(Write(ADD_TASK, self._values(row)))
 
     def change(self, row: TaskRow) -> int:
         """Returns: the journal's mark."""
-        values = asdict(row)
+        values = self._values(row)
         return self._journal.append(Write(CHANGE_TASK, {"key": values.pop("id"), **values}))
 
     async def load(self, tenant_id: str, task_id: str) -> TaskRow | None:
         await self._journal.written()
         ask = select(tasks).where((tasks.c.id == task_id) & (tasks.c.tenant_id == tenant_id))
         row = await self._engine.run(lambda connection: connection.execute(ask).one_or_none())
-        return None if row is None else _task(row)
+        return None if row is None else self._task(row)
 
     async def of_tenant(self, tenant_id: str, limit: int) -> list[TaskRow]:
         """Newest first."""
         await self._journal.written()
         ask = select(tasks).where(tasks.c.tenant_id == tenant_id).order_by(tasks.c.created_at.desc()).limit(limit)
-        return [_task(row) for row in await self._engine.run(lambda connection: connection.execute(ask).all())]
+        return [self._task(row) for row in await self._engine.run(lambda connection: connection.execute(ask).all())]
 
     async def unfinished(self) -> list[TaskRow]:
         ask = select(tasks).where(tasks.c.status.in_(UNFINISHED))
-        return [_task(row) for row in await self._engine.run(lambda connection: connection.execute(ask).all())]
+        return [self._task(row) for row in await self._engine.run(lambda connection: connection.execute(ask).all())]
 
     async def prune(self, tenant_id: str) -> None:
         """Forget the oldest finished tasks of a tenant that has more than `KEPT`."""
@@ -91,7 +93,10 @@ class TaskRows:
 
         await self._engine.run(work)
 
+    def _values(self, row: TaskRow) -> dict[str, Any]:
+        return {**asdict(row), "command": None if row.command is None else self._seal.close(row.command)}
 
-def _task(row: Row[Any]) -> TaskRow:
-    values = dict(row._mapping)
-    return TaskRow(**{**values, "truncated": bool(values["truncated"])})
+    def _task(self, row: Row[Any]) -> TaskRow:
+        values = dict(row._mapping)
+        command = None if row.command is None else self._seal.open(row.command)
+        return TaskRow(**{**values, "truncated": bool(values["truncated"]), "command": command})
