@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +56,10 @@ async def serve(
     Raises: HostNotReady, and whatever the node says when it cannot be opened.
     """
     precedence.first(os.getpid())
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # a sandbox takes eleven, and a shell's 1,024 are soon gone
     passes = {"listener": listener.socket.fileno()}
     with locks.only_server(settings.server_lock), contextlib.ExitStack() as undo:
         if listener.ends_when_idle:

@@ -43,12 +43,23 @@ def test_live_vms_and_all_records_are_two_lists(http):
 
 
 def test_a_change_is_read_back_and_what_cannot_change_stays(http, made):
-    asked = {"metadata": {"c": "d"}, "auto_suspend": True, "memory_mb": 1024, "vcpu_count": 1}
+    asked = {"metadata": {"c": "d"}, "auto_suspend": True, "memory_mb": 512, "vcpu_count": 1}
     answer = http.patch(f"/v1/vms/{made['vm_id']}", json=asked).json()
     assert (answer["metadata"], answer["auto_suspend"]) == ({"c": "d"}, True)
     assert (answer["memory_mb"], answer["vcpu_count"], answer["vm_lifetime_seconds"]) == (512, 2, 300)
     assert http.patch(f"/v1/vms/{made['vm_id']}", json={}).json() == answer
     assert http.get(f"/v1/sessions/session/{made['session_id']}").json()["metadata"] == {"c": "d"}
+
+
+def test_other_memory_than_it_has_is_refused_and_nothing_changes(http, made):
+    place = f"/v1/vms/{made['vm_id']}"
+    refused = http.patch(place, json={"memory_mb": 1024, "metadata": {"c": "d"}})
+    assert (
+        refused.status_code == 501 and "512 MB" in refused.json()["detail"] and "snapshot" in refused.json()["detail"]
+    )
+    for wrong in (255, 8193, "512", 512.5):
+        assert http.patch(place, json={"memory_mb": wrong}).status_code == 422
+    assert http.get(place).json()["metadata"] == made["metadata"]
 
 
 def test_a_lifetime_can_be_changed_while_it_runs(http, made):

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import anyio
 import anyio.abc
 
-from instavm.errors import DiskFull, InstaVMError
+from instavm.errors import DiskFull, InstaVMError, NoCapacity
 from instavm.node import identity
 from instavm.node.agent import Agent
 from instavm.node.layers import Layers, overlay
@@ -39,6 +39,7 @@ from instavm.sandbox import Command
 log = logging.getLogger(__name__)
 
 FREE_BYTES_MIN = 512 << 20
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 """No sandbox is started when the disk has less left than this."""
 WARM_MIB = 64
 """What a warm machine is taken to cost in the host's memory; measured in docs/performance.md."""
@@ -314,9 +315,11 @@ class Machines:
                 if network is not None:
                     await network.aclose()
                 raise
-        except BaseException:
+        except BaseException as exc:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(remove_home, home)
+            if isinstance(exc, OSError) and exc.errno in EXHAUSTED:
+                raise NoCapacity(f"this host is full, it can run no more sandboxes: {exc.strerror}") from exc
             raise
 
     async def _start(

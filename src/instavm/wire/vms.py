@@ -62,6 +62,8 @@ OPTIONS = ("snapshot_on_terminate", "snapshot_name", "auto_suspend", "auto_resum
 class UpdateVm(Wire):
     """`PATCH /v1/vms/{id}`: what is left out stays. What cannot be changed is ignored; the answer tells what holds."""
 
+    memory_mb: Annotated[int, Field(strict=True, ge=limits.MEMORY_MIB_MIN, le=limits.MEMORY_MIB_MAX)] | None = None
+    """Refused when it is not what the VM has: ignoring it would let a program run out of memory that it was promised."""
     metadata: Metadata | None = None
     vm_lifetime_seconds: _Lifetime | None = None
     """Counted from when the sandbox was ready, as at its creation; it holds for the session's next ones, too."""

@@ -38,7 +38,10 @@ def list_all_records() -> Call[list[VmRecord]]:
 
 
 def update(vm_id: str, **wanted: Any) -> Call[VmRecord]:
-    """`metadata`, `auto_suspend`, `auto_resume`, `snapshot_on_terminate`, `snapshot_name`."""
+    """`metadata`, `vm_lifetime_seconds`, `auto_suspend`, `auto_resume`, `snapshot_on_terminate`, `snapshot_name`.
+
+    Raises: UnsupportedOperationError: another `memory_mb` than it has.
+    """
     body = ask(wire.UpdateVm, **wanted).model_dump_json(exclude_unset=True).encode()
     return _call("PATCH", _path(vm_id), VmRecord, wire.Vm, body)
 

@@ -15,7 +15,7 @@ from instavm.control.api.sessions import start
 from instavm.control.lifecycle import word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import SessionRow, VmRow
-from instavm.errors import BootFailed, InvalidInput, NotFound
+from instavm.errors import BootFailed, InvalidInput, NotFound, UnsupportedOperationError
 from instavm.sandbox import Egress
 from instavm.wire import vms as wire
 from instavm.wire.egress import EgressPolicy
@@ -81,6 +81,11 @@ async def get(request: Request, vm_id: str, caller: Caller, here: Here) -> wire.
 @router.patch("/v1/vms/{vm_id}")
 async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
     session, vm = await _up(here, caller, vm_id)
+    if ask.memory_mb not in (None, session.row.memory_mib):
+        raise UnsupportedOperationError(
+            f"memory_mb: {vm.id} has {session.row.memory_mib} MB for as long as it lives, not {ask.memory_mb};"
+            " snapshot it and make a VM of another size from the snapshot"
+        )
     labels = ask.metadata if "metadata" in ask.model_fields_set else None
     await here.sessions.change(caller, session, labels, ask.options(), ask.vm_lifetime_seconds)
     return await _record(here, session.row, session.latest() or vm, request)

@@ -184,6 +184,14 @@ class Networks:
         fds = [one.fileno() for one in network.space.sockets]
         await self.ask("open", network.name, fds=fds, **self.told(network.policy))
 
+    async def _hand_over_again(self, name: str) -> None:
+        if (network := self._live.get(name)) is None:
+            return
+        async with network.changing:
+            await self._hand_over(network)
+        if name not in self._live:  # it went meanwhile
+            await self.ask("close", name)
+
     async def forget(self, network: Network) -> None:
         if self._live.pop(network.name, None) is not None:
             with contextlib.suppress(HostNotReady):  # a filter that is gone has forgotten it already
@@ -254,9 +262,11 @@ class Networks:
                 connections=settings.egress_connections,
                 bytes_per_s=None if rate is None else rate * 125_000,
             )
-            for network in list(self._live.values()):
-                async with network.changing:
-                    await self._hand_over(network)
+            handed: set[str] = set()
+            while left := self._live.keys() - handed:  # some come while others are handed over
+                for name in left:
+                    handed.add(name)
+                    await self._hand_over_again(name)
         except HostNotReady as exc:
             log.error("the egress filter could not be set up: %s", exc)
             return False

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import os
 import threading
 
 from instavm.errors import HostNotReady
+from instavm.node.network.thread import in_thread
 
 JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, nftables/libnftables.h
 HOW_TO_GET = "Install it with: apt-get install libnftables1"
+SYS_CLOSE_RANGE, CLOSE_RANGE_UNSHARE = 436, 2  # x86_64; close_range(2)
 _one_at_a_time = threading.Lock()
 """libnftables keeps a list of interfaces for the whole process, which the end of any context frees: two threads at once
 free it twice."""
@@ -43,7 +47,22 @@ def available() -> bool:
 def run(commands: str) -> str:
     """Carry out commands, all or none; what they answer, as JSON. Raises HostNotReady, OSError (refused by the kernel)."""
     with _one_at_a_time:
-        return _run(_library(), commands)
+        collects = gc.isenabled()
+        gc.disable()  # what is found to be garbage in there would be closed in there, and stay open out here
+        try:
+            return in_thread(lambda: _apart(commands))
+        finally:
+            if collects:
+                gc.enable()
+
+
+def _apart(commands: str) -> str:
+    """With a table of descriptors of this thread's own: libnftables waits with select(2), which ends a process whose number
+    for the socket is 1024 or more, and a hundred sandboxes have that many."""
+    library = _library()
+    if ctypes.CDLL(None, use_errno=True).syscall(SYS_CLOSE_RANGE, 3, ctypes.c_uint(-1), CLOSE_RANGE_UNSHARE) != 0:
+        raise OSError(ctypes.get_errno(), f"close_range: {os.strerror(ctypes.get_errno())}")
+    return _run(library, commands)
 
 
 def _run(library: ctypes.CDLL, commands: str) -> str:

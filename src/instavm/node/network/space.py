@@ -17,7 +17,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -25,6 +24,7 @@ from typing import Final, TypeVar
 from instavm.errors import HostNotReady
 from instavm.node.network import nft, rules
 from instavm.node.network.addresses import GATEWAY, GATEWAY_MAC, PREFIX
+from instavm.node.network.thread import in_thread
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Space:
 
 def make() -> Space:
     """A new one, closed to everything. Blocking, some 10 ms. Raises HostNotReady."""
-    return _translated(lambda: _in_thread(_make))
+    return _translated(lambda: in_thread(_make))
 
 
 def lacking() -> str | None:
@@ -81,7 +81,7 @@ def lacking() -> str | None:
         nft.run(f"add table {rules.TABLE}")
 
     try:
-        _translated(lambda: _in_thread(attempt))
+        _translated(lambda: in_thread(attempt))
     except HostNotReady as exc:
         return str(exc)
     return None
@@ -104,7 +104,7 @@ def within(space: Space, work: Callable[[], T]) -> T:
         _check(_libc.setns(space.fd, CLONE_NEWNET), "setns")
         return work()
 
-    return _in_thread(run)
+    return in_thread(run)
 
 
 def _translated(work: Callable[[], T]) -> T:
@@ -112,22 +112,6 @@ def _translated(work: Callable[[], T]) -> T:
         return work()
     except OSError as exc:
         raise HostNotReady(f"a sandbox's network could not be set up: {exc}") from exc
-
-
-def _in_thread(work: Callable[[], T]) -> T:
-    """In a thread of its own, which then ends: a thread that has changed its namespace is good for nothing else."""
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(work())
-        except BaseException as exc:
-            answer.set_exception(exc)
-
-    thread = threading.Thread(target=run, name="network")
-    thread.start()
-    thread.join()
-    return answer.result()
 
 
 def _make() -> Space:
