@@ -2,9 +2,9 @@
 
     python bench/neighbours.py [--calls 200] [--json FILE]
 
-Noisy are: two that compute on all their vCPUs, one that writes through all its memory, one that writes to its disk and flushes,
-each from before the measurement until after it. The quiet one does something small, thinks for a moment, and does it again, as it
-did in the baseline.
+Noisy are: one that computes on all its vCPUs, one that writes through all its memory, one that writes to its disk and flushes,
+one that sends packets as fast as it can (they are refused: it may reach nothing), each from before the measurement until after
+it. The quiet one does something small, thinks for a moment, and does it again, as it did in the baseline.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from start import SETTLED_S
 
 NOISE = {
     "computes": "sh -c 'while :; do :; done' & while :; do :; done",
-    "computes too": "sh -c 'while :; do :; done' & while :; do :; done",
     "writes through its memory": (
         "python3 -c 'b = bytearray(300 << 20)\nwhile True:\n for at in range(0, len(b), 4096): b[at] ^= 1'"
     ),
     "writes to its disk": "while :; do dd if=/dev/zero of=/app/noise bs=1M count=64 conv=fsync 2>/dev/null; done",
+    "sends packets": (
+        "python3 -c 'import socket\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ndata = bytes(1400)\n"
+        'while True:\n try: s.sendto(data, ("192.0.2.1", 9))\n except OSError: pass\''
+    ),
 }
 QUIET = "sum(range(2000))"
 BEGUN_S = 3.0

@@ -39,8 +39,8 @@ from instavm.sandbox import Command
 log = logging.getLogger(__name__)
 
 FREE_BYTES_MIN = 512 << 20
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 """No sandbox is started when the disk has less left than this."""
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN})
 WARM_MIB = 64
 """What a warm machine is taken to cost in the host's memory; measured in docs/performance.md."""
 REHEARSAL = (Command("print(1)", "python", 20), Command("print(1)", "python", 20))

@@ -40,6 +40,7 @@ from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
 from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
+from instavm.node.turns import Turns
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
@@ -106,6 +107,7 @@ class Runtime:
         self._leaving = False
         self.last_pause_ms = 0.0
         """How long the source of the latest fork stood still."""
+        self._turns = Turns(max(2, os.cpu_count() or 1))
         self._egress_logs: OrderedDict[str, EgressLog] = OrderedDict()
         """Of sandboxes that have ended, until they are asked for."""
         self._found: dict[str, Image] = {}
@@ -411,14 +413,12 @@ class Runtime:
     async def _life(self, spec: SandboxSpec, copy: Copy | None, *, task_status: TaskStatus[Started]) -> None:
         """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
         steps = Steps()
-        prepared, cold = await self._machine(spec, copy, steps)
+        template, copy, cold = await self._origin(spec, copy, steps)
+        async with self._turns.one():
+            steps.mark("turn")
+            prepared = await self._begun(spec, template, copy, steps)
         try:
             with self._boot_errors(spec):
-                await prepared.run()
-                steps.mark("restore")
-                with anyio.fail_after(self._settings.restore_timeout_s):
-                    await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
-                steps.mark("identity")
                 if spec.egress.opens:
                     await self._open(prepared, spec.egress)
                     steps.mark("egress")
@@ -431,28 +431,42 @@ class Runtime:
         self._keep_flat(sandbox)
         await self._live_out(sandbox, started, task_status=task_status)
 
-    async def _machine(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Prepared, bool]:
-        """A machine for it: of its template, or one that goes on where another sandbox was. And whether that took a boot."""
+    async def _origin(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Template, Copy | None, bool]:
+        """Its template; what it goes on from, if it goes on where another sandbox was; whether the template had to be booted."""
         if copy is None and spec.resumes is None:
             template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
             steps.mark("template")
-            prepared = await self._machines.take(template)
-            steps.mark(prepared.stage)
-            return prepared, cold
+            return template, None, cold
+        if copy is not None:
+            return await self._templates.by_key(copy.template), copy, False
+        assert spec.resumes is not None
+        about = await anyio.to_thread.run_sync(self._snapshots.read, spec.resumes)
+        try:
+            template = await self._templates.by_key(about.template)
+        except CorruptTemplate as exc:
+            raise CorruptSnapshot(f"{spec.resumes} can't be resumed: {exc}") from exc
+        copy = await self._saving.find(spec.resumes, template)
+        steps.mark("checks")
+        return template, copy, False
+
+    async def _begun(self, spec: SandboxSpec, template: Template, copy: Copy | None, steps: Steps) -> Prepared:
+        """A machine that runs and is somebody."""
         if copy is None:
-            assert spec.resumes is not None
-            about = await anyio.to_thread.run_sync(self._snapshots.read, spec.resumes)
-            try:
-                template = await self._templates.by_key(about.template)
-            except CorruptTemplate as exc:
-                raise CorruptSnapshot(f"{spec.resumes} can't be resumed: {exc}") from exc
-            copy = await self._saving.find(spec.resumes, template)
-            steps.mark("checks")
+            prepared = await self._machines.take(template)
         else:
-            template = await self._templates.by_key(copy.template)
-        prepared = await self._machines.restore(template, copy.saved, copy.disk, copy.owner)
-        steps.mark(prepared.stage)
-        return prepared, False
+            prepared = await self._machines.restore(template, copy.saved, copy.disk, copy.owner)
+        try:
+            steps.mark(prepared.stage)
+            with self._boot_errors(spec):
+                await prepared.run()
+                steps.mark("restore")
+                with anyio.fail_after(self._settings.restore_timeout_s):
+                    await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
+                steps.mark("identity")
+        except BaseException:
+            await prepared.aclose()
+            raise
+        return prepared
 
     async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
         """From being ready to being gone."""
