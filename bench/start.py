@@ -120,8 +120,7 @@ def main() -> None:
     with server(spare_machines=0):
         for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory).items():
             results[f"back to back, no spare machine, {name.strip()}"] = report.spread(times)
-    for name, spread in jail_share(asked.sandboxes, asked.vcpus, asked.memory).items():
-        results[name] = spread
+    results |= jail_share(asked.sandboxes, asked.vcpus, asked.memory)
     with server(warm_machines=3):
         for name, times in starts(asked.sandboxes, asked.vcpus, asked.memory, apart_s=2.0).items():
             results[f"warm machines, {name.strip()}"] = report.spread(times)

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import os
-import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from instavm.control.listen import Listener
 from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
 from instavm.log import to_file, to_stderr
-from instavm.node import precedence
+from instavm.node import descriptors, precedence
 from instavm.settings import Settings
 from instavm.wire.errors import Problem
 
@@ -56,10 +55,7 @@ async def serve(
     Raises: HostNotReady, and whatever the node says when it cannot be opened.
     """
     precedence.first(os.getpid())
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (most, most)
-    )  # a sandbox takes eleven, and a shell's 1,024 are soon gone
+    descriptors.allow_most()
     passes = {"listener": listener.socket.fileno()}
     with locks.only_server(settings.server_lock), contextlib.ExitStack() as undo:
         if listener.ends_when_idle:

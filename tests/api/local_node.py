@@ -56,6 +56,7 @@ from instavm.sandbox import (
     StoredFile,
     Tier,
 )
+from instavm.settings import Settings
 
 BOOT_FAILS_MIB = 257
 BOOT_HANGS_MIB = 258
@@ -365,6 +366,8 @@ class LocalNode:
 
 
 @asynccontextmanager
-async def open_local_node(*_given: object) -> AsyncIterator[LocalNode]:
-    with tempfile.TemporaryDirectory(prefix="instavm-local-node-") as root:
+async def open_local_node(settings: Settings | None = None, *_: object) -> AsyncIterator[LocalNode]:
+    """A server's lies in its state directory, which goes with the test also when the server was killed."""
+    around = None if settings is None else settings.state_dir
+    with tempfile.TemporaryDirectory(prefix="instavm-local-node-", dir=around) as root:
         yield LocalNode(Path(root))

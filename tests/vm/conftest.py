@@ -66,6 +66,21 @@ async def start(node):
 
 
 @pytest.fixture
+def quiet(node):
+    """Wait until no machine is being made ahead: one in the making has more processes than one that waits."""
+
+    async def quiet():
+        wanted, shelves = node._settings.spare_machines, node._machines._shelves
+        with anyio.fail_after(60):
+            while inventory.take(node._settings.state_dir) != waiting(node) or any(
+                len(shelf.spare) < wanted for shelf in shelves.values()
+            ):
+                await anyio.sleep(0.02)
+
+    return quiet
+
+
+@pytest.fixture
 async def sandbox(start):
     return await start()
 

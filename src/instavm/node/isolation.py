@@ -21,6 +21,7 @@ from instavm.errors import HostNotReady, SessionEnded
 from instavm.node.jail.bubblewrap import NAMESPACES
 from instavm.node.jail.cgroups import CONTROLLERS, Cgroups
 from instavm.node.network.guard import InForce
+from instavm.private import write_key
 from instavm.sandbox import Isolation, NodeInfo, Tier
 from instavm.wire.isolation import signed_bytes
 
@@ -70,14 +71,7 @@ def _load(path: Path) -> Ed25519PrivateKey:
 def _make(path: Path) -> Ed25519PrivateKey:
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    new = path.with_suffix(".new")
-    new.unlink(missing_ok=True)
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(pem)
-        file.flush()
-        os.fsync(fd)
-    new.rename(path)
+    write_key(path, pem)
     return key
 
 

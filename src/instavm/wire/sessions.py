@@ -27,11 +27,8 @@ def _bounded(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 Vcpus = Annotated[int, or_(limits.VCPUS_DEFAULT), Field(strict=True, ge=limits.VCPUS_MIN, le=limits.VCPUS_MAX)]
-MemoryMib = Annotated[
-    int,
-    or_(limits.MEMORY_MIB_DEFAULT),
-    Field(strict=True, ge=limits.MEMORY_MIB_MIN, le=limits.MEMORY_MIB_MAX),
-]
+Memory = Annotated[int, Field(strict=True, ge=limits.MEMORY_MIB_MIN, le=limits.MEMORY_MIB_MAX)]
+MemoryMib = Annotated[Memory, or_(limits.MEMORY_MIB_DEFAULT)]
 LifetimeS = Annotated[
     int,
     or_(limits.LIFETIME_S_DEFAULT),

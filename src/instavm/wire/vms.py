@@ -12,7 +12,7 @@ from instavm.errors import UnsupportedOperationError
 from instavm.wire.base import Timestamp, Wire
 from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env
-from instavm.wire.sessions import MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
+from instavm.wire.sessions import Memory, MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
 
 _Lifetime = Annotated[int, Field(strict=True, ge=limits.LIFETIME_S_MIN, le=limits.VM_LIFETIME_S_MAX)]
 VmLifetimeS = Annotated[_Lifetime, or_(limits.LIFETIME_S_DEFAULT)]
@@ -62,7 +62,7 @@ OPTIONS = ("snapshot_on_terminate", "snapshot_name", "auto_suspend", "auto_resum
 class UpdateVm(Wire):
     """`PATCH /v1/vms/{id}`: what is left out stays. What cannot be changed is ignored; the answer tells what holds."""
 
-    memory_mb: Annotated[int, Field(strict=True, ge=limits.MEMORY_MIB_MIN, le=limits.MEMORY_MIB_MAX)] | None = None
+    memory_mb: Memory | None = None
     """Refused when it is not what the VM has: ignoring it would let a program run out of memory that it was promised."""
     metadata: Metadata | None = None
     vm_lifetime_seconds: _Lifetime | None = None

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.fernet import Fernet, InvalidToken
+
+from instavm.private import write_key
 
 
 class Seal:
     """Encrypts with a key of its own beside the database, made with mode 0600 when it is not there."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            pass
-        else:
-            with os.fdopen(fd, "wb") as file:
-                file.write(Fernet.generate_key())
+        if not path.exists():
+            write_key(path, Fernet.generate_key())
         self._fernet = Fernet(path.read_bytes())
 
     def close(self, text: str) -> str:

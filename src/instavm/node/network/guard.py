@@ -184,7 +184,7 @@ class Networks:
         fds = [one.fileno() for one in network.space.sockets]
         await self.ask("open", network.name, fds=fds, **self.told(network.policy))
 
-    async def _hand_over_again(self, name: str) -> None:
+    async def _hand_over_if_there(self, name: str) -> None:
         if (network := self._live.get(name)) is None:
             return
         async with network.changing:
@@ -264,9 +264,9 @@ class Networks:
             )
             handed: set[str] = set()
             while left := self._live.keys() - handed:  # some come while others are handed over
+                handed |= left
                 for name in left:
-                    handed.add(name)
-                    await self._hand_over_again(name)
+                    await self._hand_over_if_there(name)
         except HostNotReady as exc:
             log.error("the egress filter could not be set up: %s", exc)
             return False

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import os
 import threading
 
 from instavm.errors import HostNotReady
-from instavm.node.network.thread import in_thread
+from instavm.node.network.thread import LIBC, check, in_thread
 
 JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON, nftables/libnftables.h
 HOW_TO_GET = "Install it with: apt-get install libnftables1"
@@ -60,8 +59,7 @@ def _apart(commands: str) -> str:
     """With a table of descriptors of this thread's own: libnftables waits with select(2), which ends a process whose number
     for the socket is 1024 or more, and a hundred sandboxes have that many."""
     library = _library()
-    if ctypes.CDLL(None, use_errno=True).syscall(SYS_CLOSE_RANGE, 3, ctypes.c_uint(-1), CLOSE_RANGE_UNSHARE) != 0:
-        raise OSError(ctypes.get_errno(), f"close_range: {os.strerror(ctypes.get_errno())}")
+    check(LIBC.syscall(SYS_CLOSE_RANGE, 3, ctypes.c_uint(-1), CLOSE_RANGE_UNSHARE), "close_range")
     return _run(library, commands)
 
 

@@ -7,7 +7,6 @@ gone with the VMM whatever becomes of the server.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import importlib
@@ -24,7 +23,7 @@ from typing import Final, TypeVar
 from instavm.errors import HostNotReady
 from instavm.node.network import nft, rules
 from instavm.node.network.addresses import GATEWAY, GATEWAY_MAC, PREFIX
-from instavm.node.network.thread import in_thread
+from instavm.node.network.thread import LIBC, check, in_thread
 
 T = TypeVar("T")
 
@@ -39,8 +38,6 @@ BACKLOG: Final = 256
 OLD_SOCKETS_S: Final = 5.0
 """How long the sockets of a filter that ends may still be there when its successor takes over."""
 SOCKETS: Final = ("connections", "names", "names_over_tcp", "datagrams", "answers")
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(slots=True)
@@ -76,7 +73,7 @@ def lacking() -> str | None:
     """What this host lacks to give sandboxes a network, in words; None when nothing. Tries it, within 2 ms."""
 
     def attempt() -> None:
-        _check(_libc.unshare(CLONE_NEWNET), "unshare")
+        check(LIBC.unshare(CLONE_NEWNET), "unshare")
         os.close(_open_tap())
         nft.run(f"add table {rules.TABLE}")
 
@@ -101,7 +98,7 @@ def within(space: Space, work: Callable[[], T]) -> T:
     """Do something inside."""
 
     def run() -> T:
-        _check(_libc.setns(space.fd, CLONE_NEWNET), "setns")
+        check(LIBC.setns(space.fd, CLONE_NEWNET), "setns")
         return work()
 
     return in_thread(run)
@@ -115,7 +112,7 @@ def _translated(work: Callable[[], T]) -> T:
 
 
 def _make() -> Space:
-    _check(_libc.unshare(CLONE_NEWNET), "unshare")
+    check(LIBC.unshare(CLONE_NEWNET), "unshare")
     space = Space(os.open(f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC))
     try:
         space.tap = _open_tap()
@@ -162,10 +159,10 @@ def _borrow_tap(pid: int) -> int | None:
         if link.readlink() == TUN:
             pidfd = os.pidfd_open(pid)
             try:
-                fd = int(_libc.syscall(SYS_PIDFD_GETFD, pidfd, int(link.name), 0))
+                fd = int(LIBC.syscall(SYS_PIDFD_GETFD, pidfd, int(link.name), 0))
             finally:
                 os.close(pidfd)
-            _check(min(fd, 0), "pidfd_getfd")
+            check(min(fd, 0), "pidfd_getfd")
             return fd
     return None
 
@@ -231,9 +228,3 @@ def _sockets_again() -> list[socket.socket]:
             if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-
-
-def _check(result: int, what: str) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")

@@ -7,7 +7,6 @@ import ctypes
 import json
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ import anyio.abc
 import dns.message
 import dns.rrset
 
+from instavm.node import descriptors
 from instavm.node.network import policy
 from instavm.node.network.addresses import Host
 from instavm.node.network.filter import connections, names
@@ -54,8 +54,7 @@ def _load() -> None:
 def _drop() -> None:
     """Be nobody, for good."""
     libc = ctypes.CDLL(None, use_errno=True)
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    descriptors.allow_most()
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
