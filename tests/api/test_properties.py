@@ -1,7 +1,9 @@
 """Whatever is sent, the server answers: never a 500, always a JSON object or array, and nothing stays behind."""
 
+import json
+
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 JSON = st.recursive(
@@ -85,9 +87,19 @@ def test_no_body_breaks_an_endpoint(vm, http, tidy, method, path):
     assert vm.execute("print('alive')").stdout == "alive\n"
 
 
+def is_an_ask(content):
+    """Whether the bytes are a JSON object, which an endpoint whose fields are all optional rightly answers."""
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
+
+
 @GENTLE
+@example(content=b"{", kind="application/json")
 @given(
-    content=st.binary(max_size=200), kind=st.sampled_from(["application/json", "multipart/form-data; boundary=b", "x"])
+    content=st.binary(max_size=200).filter(lambda content: not is_an_ask(content)),
+    kind=st.sampled_from(["application/json", "multipart/form-data; boundary=b", "x"]),
 )
 @pytest.mark.parametrize("path", ["/execute", "/v1/vms", "/upload", "/download", "/kill", "/v1/api-keys/"])
 def test_no_bytes_break_an_endpoint(http, path, content, kind):
