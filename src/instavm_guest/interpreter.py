@@ -217,6 +217,7 @@ class Interpreter:
         env = {**self._new_env, **cell.env}
         extra = json.dumps(env).encode() if env else b""
         code = cell.code.encode("utf-8", "surrogatepass")
+        first = bool(self._fresh)
         flags = self._fresh | (AWAIT if self._interrupted else 0)
         ask = ASK.pack(flags, len(code), len(extra)) + code + extra
         self._fresh, self._new_env, self._interrupted = 0, {}, False
@@ -224,6 +225,17 @@ class Interpreter:
             self._line.sendall(ask)
         except OSError:
             self._unread = True  # it died just now: _died sees to the cell
+        if first:
+            self._rehearse_answer()
+
+    def _rehearse_answer(self) -> None:
+        """Go through the motions of an answer while the worker has its first cell, which takes it longer than this.
+
+        Nothing is sent, but an emulator has then translated what comes between the end of the cell and its answer.
+        """
+        self._drain()
+        _, _, exit_code, wall, cpu, peak_kib = ANSWER.unpack(ANSWER.pack(ANSWERED, 0, 0, 1e-3, 1e-3, 9000))
+        frames.encode(frames.DONE, 0, frames.json_payload(result(exit_code, wall, cpu, peak_kib, None)))
 
     def _heard(self, _fd: int) -> None:
         assert self._line is not None
