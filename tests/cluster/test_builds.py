@@ -8,6 +8,7 @@ import time
 import debian_made
 import oci_made
 import pytest
+from builds import built, ended, started
 from oci_made import busybox, entry, layer, layout
 
 from instavm.errors import ForbiddenError, SnapshotError
@@ -22,31 +23,6 @@ NOTHING = inventory.Inventory(frozenset(), frozenset())
 def client(servers):
     servers.start(SPARE_MACHINES=0)
     return servers.client(auto_start_session=False)
-
-
-def built(client, image, **more):
-    made = client.snapshots.create(image, vcpu_count=1, memory_mb=256, **more)
-    assert made.status == "pending" and made["id"] == made["snapshot_id"]
-    return ended(client, made.snapshot_id)
-
-
-def ended(client, snapshot_id, stages=None):
-    """Follow a build to its end; `stages` gets what it was at, and how far."""
-    deadline, offset, text = time.monotonic() + 900, 0, ""
-    while True:
-        told = client.snapshots.logs(snapshot_id, offset)
-        if stages is not None and told["stage"] not in stages:
-            stages[told["stage"]] = told["progress"]
-        text, offset = text + told["log"], told["next_offset"]
-        if told["is_complete"]:
-            return client.snapshots.get(snapshot_id), text
-        assert time.monotonic() < deadline, text
-        time.sleep(0.2)
-
-
-def started(client, snapshot_id):
-    client.session_id = client.vms.create(snapshot_id=snapshot_id, vcpu_count=1, memory_mb=256)["session_id"]
-    return client
 
 
 def registries(client, settings):
@@ -165,7 +141,7 @@ def test_an_image_with_node_alone(client, tmp_path):
     vm = started(client, snapshot.snapshot_id)
     vm.execute("const x = 41", language="javascript")
     told = vm.execute("console.log(x + 1, process.version)", language="javascript")
-    assert told.stdout == f"42 v{oci_made.NODE.split('==')[1]}\n", told
+    assert told.stdout == f"42 v{oci_made.NODE.requirement.split('==')[1]}\n", told
     missing = vm.execute("1")
     assert (missing.exit_code, missing.stderr) == (127, "python3 or python: not found in this image\n")
     vm.kill()

