@@ -28,6 +28,7 @@ from instavm.sandbox import (
     HostMemory,
     Isolation,
     NodeInfo,
+    NodeMetrics,
     Outcome,
     OutputSink,
     ProcessLog,
@@ -123,6 +124,9 @@ class NullNode:
         return HostMemory(1 << 30, 1 << 30)
 
     def on_end(self, callback: Callable[[Ended], None]) -> None: ...
+
+    async def metrics(self) -> NodeMetrics:
+        return NodeMetrics(0, {}, {}, {}, 0, 0)
 
     async def info(self) -> NodeInfo:
         return NodeInfo("null", "1", Tier.EMULATED, "none", {})

@@ -276,6 +276,23 @@ class Isolation:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeMetrics:
+    """What a node counts, since its server began or at this moment. Nothing in it is about one sandbox or one user."""
+
+    running: int
+    waiting: Mapping[str, int]
+    """Machines made ahead of a request, by how far they are: `spare_machine`, `warm_machine`."""
+    starts: Mapping[str, int]
+    """Sandboxes that came up, by what they were made of: `machine` (nothing was there), the two above, `saved_machine`."""
+    start_seconds: Mapping[str, float]
+    """How long these starts took, added up."""
+    cold: int
+    """How many of them had to boot their template first."""
+    failed: int
+    """Starts that failed, whatever the reason."""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeInfo:
     driver: str
     driver_version: str

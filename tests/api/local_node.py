@@ -46,6 +46,7 @@ from instavm.sandbox import (
     HostMemory,
     Isolation,
     NodeInfo,
+    NodeMetrics,
     Outcome,
     OutputSink,
     Pull,
@@ -296,6 +297,9 @@ class LocalNode:
 
     def on_end(self, callback: Callable[[Ended], None]) -> None:
         self._tell = callback
+
+    async def metrics(self) -> NodeMetrics:
+        return NodeMetrics(len(self.places), {"spare_machine": 0, "warm_machine": 0}, {}, {}, 0, 0)
 
     async def info(self) -> NodeInfo:
         return NodeInfo("local", "1", Tier.EMULATED, "processes of this host", {"default": "sha256:0"})

@@ -46,6 +46,9 @@ async def test_the_pool_follows_demand_and_its_sandboxes_are_like_all_others(nod
         assert (await node.execute(name, Command("echo $NAME", "bash", 60))).stdout == f"{name}\n"
     assert told[0][0] != told[1][0] and told[0][1] != told[1][1]
     assert [one[2] for one in told] == ["vm-b", "vm-c"]
+    counted = await node.metrics()
+    assert (counted.running, counted.starts) == (3, {"machine": 1, "warm_machine": 2})
+    assert counted.start_seconds["warm_machine"] < counted.start_seconds["machine"]
     plain = (await node.execute("vm-a", ASK)).stdout.split(maxsplit=3)
     assert told[0][3] == told[1][3] == plain[3], "the warming up left something behind"
 

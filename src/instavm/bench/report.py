@@ -16,7 +16,7 @@ from instavm.version import __version__
 Results = Mapping[str, Mapping[str, float]]
 """What was measured → its figures; the unit is the end of each figure's name."""
 
-UNITS: Final = {"ms": "ms", "mib": "MiB", "percent": "%", "s": "s"}
+UNITS: Final = {"ms": "ms", "mib": "MiB", "percent": "%", "s": "s", "times": "×"}
 
 
 def machine() -> dict[str, Any]:

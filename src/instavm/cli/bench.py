@@ -14,12 +14,18 @@ from instavm.errors import HostNotReady
 class Subject(StrEnum):
     INTERACTIVE = "interactive"
     DENSITY = "density"
+    BASELINE = "baseline"
+    SIZES = "sizes"
+
+
+SUBJECTS = """interactive: from nothing to the first result. density: many sandboxes at one time. baseline: the same beside a cold
+boot, a plain restore and a bare python3. sizes: starts of all sizes of memory and vCPUs."""
 
 
 def bench(
     what: Annotated[
         Subject,
-        typer.Argument(help="interactive: from nothing to the first result. density: many sandboxes at one time."),
+        typer.Argument(help=SUBJECTS),
     ] = Subject.INTERACTIVE,
     *,
     count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many sandboxes.")] = 20,
@@ -30,12 +36,16 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw the times into this file, .png or .svg.")] = None,
 ) -> None:
     """Medians and percentiles with the machine's facts. Nothing else should run meanwhile."""
-    from instavm.bench import density, host, interactive, report  # noqa: PLC0415 (the server's libraries are an extra)
+    from instavm.bench import baseline, density, host, interactive, report, sizes  # noqa: PLC0415 (the server's libraries are an extra)
 
     facts = {**report.machine(), "count": count, "vcpus": cpu, "sandbox_memory_mib": memory}
     with host.server(memory_overcommit=16) as settings:
         if what is Subject.DENSITY:
             results = density.measure(count, cpu, memory, settings)
+        elif what is Subject.BASELINE:
+            results = baseline.measure(count, cpu, memory, settings)
+        elif what is Subject.SIZES:
+            results = sizes.measure(count, cpu, memory)
         else:
             results = interactive.measure(count, cpu, memory)
     print(report.markdown(facts, results) if markdown else report.table(facts, results))

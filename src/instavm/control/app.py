@@ -15,6 +15,7 @@ from instavm.control.api import (
     files,
     health,
     keys,
+    metrics,
     processes,
     sessions,
     snapshots,
@@ -67,7 +68,8 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         redoc_url=None,
     )
     # looked through in this order
-    for part in (executions, sessions, tasks, files, streams, processes, vms, snapshots, egress, health, users, keys):
+    parts = (executions, sessions, tasks, files, streams, processes, vms, snapshots, egress, health, users, keys, metrics)
+    for part in parts:
         app.include_router(part.router)
     return app
 

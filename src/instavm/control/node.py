@@ -14,6 +14,7 @@ from instavm.sandbox import (
     HostMemory,
     Isolation,
     NodeInfo,
+    NodeMetrics,
     Outcome,
     OutputSink,
     ProcessLog,
@@ -183,6 +184,10 @@ class Node(Protocol):
 
     def memory(self) -> HostMemory:
         """As the host tells it now. Quick: it is asked before every start."""
+        ...
+
+    async def metrics(self) -> NodeMetrics:
+        """What it has started since it is there, and from what."""
         ...
 
     async def info(self) -> NodeInfo: ...

@@ -38,6 +38,7 @@ from instavm.node.registries import ask as ask_registries
 from instavm.node.registries import to_json
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
+from instavm.node.tally import Tally
 from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
 from instavm.node.turns import Turns
@@ -52,6 +53,7 @@ from instavm.sandbox import (
     HostMemory,
     Isolation,
     NodeInfo,
+    NodeMetrics,
     Outcome,
     OutputSink,
     ProcessLog,
@@ -107,6 +109,7 @@ class Runtime:
         self._leaving = False
         self.last_pause_ms = 0.0
         """How long the source of the latest fork stood still."""
+        self._tally = Tally()
         self._turns = Turns(max(2, os.cpu_count() or 1))
         self._egress_logs: OrderedDict[str, EgressLog] = OrderedDict()
         """Of sandboxes that have ended, until they are asked for."""
@@ -400,6 +403,9 @@ class Runtime:
     def on_end(self, callback: Callable[[Ended], None]) -> None:
         self._on_end = callback
 
+    async def metrics(self) -> NodeMetrics:
+        return self._tally.now(self._machines, len(self._live))
+
     async def info(self) -> NodeInfo:
         image = await anyio.to_thread.run_sync(self._images.find, "default")
         return NodeInfo(
@@ -412,6 +418,14 @@ class Runtime:
 
     async def _life(self, spec: SandboxSpec, copy: Copy | None, *, task_status: TaskStatus[Started]) -> None:
         """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
+        with self._tally.failures():
+            prepared, started = await self._brought_up(spec, copy)
+        sandbox = Sandbox(spec.vm_id, prepared)
+        self._keep_flat(sandbox)
+        await self._live_out(sandbox, started, task_status=task_status)
+
+    async def _brought_up(self, spec: SandboxSpec, copy: Copy | None) -> tuple[Prepared, Started]:
+        """A machine that is ready for its user, with a note beside it that says whose it is."""
         steps = Steps()
         template, copy, cold = await self._origin(spec, copy, steps)
         async with self._turns.one():
@@ -423,13 +437,12 @@ class Runtime:
                     await self._open(prepared, spec.egress)
                     steps.mark("egress")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
+            self._tally.started(prepared.stage, steps.ms, cold=cold)
             prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, to_json(prepared.registries)))
         except BaseException:
             await prepared.aclose()
             raise
-        sandbox = Sandbox(spec.vm_id, prepared)
-        self._keep_flat(sandbox)
-        await self._live_out(sandbox, started, task_status=task_status)
+        return prepared, started
 
     async def _origin(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Template, Copy | None, bool]:
         """Its template; what it goes on from, if it goes on where another sandbox was; whether the template had to be booted."""

@@ -226,14 +226,14 @@ class Templates:
     async def _build(self, template: Template, image: Image) -> None:
         with _building(template.folder) as folder:
             disk = folder / "disk.qcow2"
-            await _qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
+            await qemu_img("create", "-q", "-f", "qcow2", "-b", image.rootfs, "-F", image.format, disk)
             if image.owner is not None:
                 await anyio.to_thread.run_sync(self._layers.share, image.owner, folder)
                 await anyio.to_thread.run_sync(pin, image.owner, folder, BELOW)
             registries = await self._boot(template, image, disk, folder)
             size = str(image.size_bytes)
             blank = folder / "blank.qcow2"
-            await _qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
+            await qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", template.disk, "-F", "qcow2", blank, size)
             for leftover in folder.iterdir():
                 if leftover.is_socket() or leftover.is_fifo():
                     leftover.unlink()
@@ -336,7 +336,7 @@ def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) ->
     (folder / DESCRIPTION).chmod(0o400)
 
 
-async def _qemu_img(*arguments: str | Path) -> None:
+async def qemu_img(*arguments: str | Path) -> None:
     try:
         await anyio.run_process(["qemu-img", *map(str, arguments)])
     except FileNotFoundError as exc:
