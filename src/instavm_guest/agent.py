@@ -8,7 +8,7 @@ import select
 import time
 from collections.abc import Callable
 
-from instavm_guest import frames, link, spawner, world
+from instavm_guest import frames, kernel, link, spawner, world
 from instavm_guest.disk import Disk
 from instavm_guest.files import Files
 from instavm_guest.frames import Message
@@ -27,6 +27,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Agent:
     def __init__(self) -> None:
         world.set_up()
+        kernel.stop_interval_timer()
         self._identity = world.Identity()
         _, line = spawner.start(world.USER_ROOT)
         self._handlers: dict[int, Callable[[int], object]] = {}

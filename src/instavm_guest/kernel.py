@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import socket
 import struct
@@ -16,6 +17,8 @@ CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
 PR_SET_PDEATHSIG = 1
 _SYS_PIVOT_ROOT = 155  # x86_64
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207  # linux/random.h
+_PIT_CHANNEL_0, _PIT_MODE = 0x40, 0x43
+_OUTB = b"\x89\xfa\x89\xf0\xee\xc3"  # mov edx, edi; mov eax, esi; out dx, al; ret
 _SIOCSIFHWADDR, _ARPHRD_ETHER = 0x8924, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,6 +64,25 @@ def reseed(random: int, entropy: bytes) -> None:
     """
     fcntl.ioctl(random, _RNDADDENTROPY, struct.pack("ii", len(entropy) * 8, len(entropy)) + entropy)
     fcntl.ioctl(random, _RNDRESEEDCRNG, 0)
+
+
+def stop_interval_timer() -> None:
+    """Silence the old interval timer (PIT), which firmware leaves ticking 18 times a second for a kernel that uses the APIC's.
+
+    An emulator wakes for each edge of it, in every idle sandbox. Channel 0, mode 0 (one shot), count 0, as the kernel's own
+    pit_shutdown() writes it where it has used that timer. Raises OSError.
+    """
+    _check(_libc.ioperm(ctypes.c_ulong(_PIT_CHANNEL_0), ctypes.c_ulong(4), 1), "ioperm")
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
+            page.write(_OUTB)
+            code = ctypes.c_char.from_buffer(page)
+            outb = ctypes.CFUNCTYPE(None, ctypes.c_uint, ctypes.c_uint)(ctypes.addressof(code))
+            for port, value in ((_PIT_MODE, 0x30), (_PIT_CHANNEL_0, 0), (_PIT_CHANNEL_0, 0)):
+                outb(port, value)
+            del code
+    finally:
+        _check(_libc.ioperm(ctypes.c_ulong(_PIT_CHANNEL_0), ctypes.c_ulong(4), 0), "ioperm")
 
 
 def set_mac(wire: socket.socket, interface: str, mac: bytes) -> None:
