@@ -87,6 +87,9 @@ class Settings(Places):
     """`auto`: Firecracker where it is installed and a guest boots on it, else QEMU."""
     firecracker: Path | None = None
     """The program; None = as found in PATH. Its jailer lies beside it."""
+    firecracker_cpu_template: str | None = Field(None, pattern=r"^(T2|T2S|T2CL|T2A|C3|V1N1|/.+)$")
+    """What Firecracker's guests see of the processor, so that suspended sandboxes resume on hosts with another one of the same
+    maker: the name of a template of Firecracker's own, or the path of one in JSON. None = the host's own processor."""
     acceleration: Literal["auto", "kvm", "tcg"] = "auto"
     """Of QEMU. `auto` boots a small guest under KVM once, with a deadline, and remembers whether it came up."""
     probe_timeout_s: float = Field(8.0, gt=0)

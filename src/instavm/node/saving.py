@@ -21,7 +21,7 @@ from instavm.errors import CorruptSnapshot, SnapshotError
 from instavm.node.images.oci import WORKDIR, Fetched
 from instavm.node.layers import LINKS, Layers, held, overlay
 from instavm.node.machines import Prepared
-from instavm.node.snapshots import CHANGES, STATE, Manifest, Snapshots, host_cpu, pin, told_when_full
+from instavm.node.snapshots import CHANGES, STATE, Manifest, Snapshots, pin, told_when_full
 from instavm.node.sparse import digest
 from instavm.node.templates import DESCRIPTION, Template
 from instavm.node.vmm.base import Driver, Saved
@@ -224,7 +224,7 @@ class Saving:
             template=template.key,
             template_digest=_template_digest(template),
             vmm=self._driver.fingerprint(),
-            cpu=host_cpu(),
+            cpu=self._driver.processor(),
             guest=template.guest,
             system=str(spec.system),
         )

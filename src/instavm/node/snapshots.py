@@ -59,7 +59,7 @@ class Manifest:
     vmm: str = ""
     """The VMM, how it runs guests, and the processor that it shows them."""
     cpu: str = ""
-    """The host's own processor."""
+    """The processor as `Driver.processor` tells it."""
     guest: str = ""
     """Digest of kernel, initramfs and agent."""
     system: str = ""
@@ -221,17 +221,6 @@ def told_when_full(folder: Path) -> Iterator[None]:
         if full or (isinstance(exc, BootFailed) and shutil.disk_usage(folder).free < FULL_BYTES):
             raise DiskFull(f"{folder}: no space left on the host's disk for a snapshot") from exc
         raise
-
-
-def host_cpu() -> str:
-    """The processor, as a state that was saved on it depends on it."""
-    wanted = ("vendor_id", "cpu family", "model", "model name", "flags")
-    for block in Path("/proc/cpuinfo").read_text().split("\n\n"):
-        pairs = dict(line.split(":", 1) for line in block.splitlines() if ":" in line)
-        told = {name.strip(): value.strip() for name, value in pairs.items()}
-        flags = hashlib.sha256(told.get("flags", "").encode()).hexdigest()[:12]
-        return " ".join([*(told.get(name, "?") for name in wanted[:-1]), flags])
-    return "?"
 
 
 def _mark(about: Manifest) -> str:

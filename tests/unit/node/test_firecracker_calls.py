@@ -8,8 +8,10 @@ import pytest
 from instavm.errors import HostNotReady
 from instavm.node.jail import jailer
 from instavm.node.jail.jailer import Cell
-from instavm.node.vmm import firecracker
+from instavm.node.vmm import firecracker, processor
 from instavm.node.vmm.base import MachineSpec
+from instavm.node.vmm.firecracker import FirecrackerDriver
+from instavm.node.vmm.processor import CpuTemplate
 from instavm.settings import Settings
 
 SPEC = MachineSpec(Path("/k/bzImage"), Path("/i"), Path("/s"), vcpus=3, memory_mib=300)
@@ -78,3 +80,41 @@ def test_a_firecracker_that_is_too_old_or_without_its_jailer_is_named(tmp_path):
     (tmp_path / "jailer").chmod(0o755)
     with pytest.raises(HostNotReady, match=r"1\.7\.0 is too old"):
         firecracker.installed_version(settings)
+
+
+@pytest.mark.parametrize("wanted", [None, "T2A"])
+def test_a_cpu_template_of_firecrackers_own_is_told_with_the_size(wanted):
+    made = firecracker.calls(SPEC, {}, None, CpuTemplate.of(wanted))
+    told = {path: body for _, path, body in made}
+    assert told["/machine-config"].get("cpu_template") == wanted and "/cpu-config" not in told
+
+
+def test_a_cpu_template_of_the_operators_is_told_as_it_is_and_before_the_start(tmp_path):
+    file = tmp_path / "template.json"
+    file.write_text('{"cpuid_modifiers": [], "msr_modifiers": []}')
+    told = [(path, body) for _, path, body in firecracker.calls(SPEC, {}, None, CpuTemplate.of(str(file)))]
+    assert ("/cpu-config", {"cpuid_modifiers": [], "msr_modifiers": []}) in told
+    assert all("cpu_template" not in body for _, body in told)
+
+
+def test_a_state_that_was_saved_under_a_cpu_template_depends_on_it_and_not_on_the_host(tmp_path):
+    file = tmp_path / "template.json"
+    drivers = []
+    for text in ("{}", '{"msr_modifiers": []}'):
+        file.write_text(text)
+        for wanted in (str(file), "T2"):
+            drivers.append(FirecrackerDriver(SETTINGS.model_copy(update={"firecracker_cpu_template": wanted}), None))
+    plain = FirecrackerDriver(SETTINGS, None)
+    assert plain.processor() == processor.host()
+    first, named, second, again = ((driver.processor(), driver.fingerprint()) for driver in drivers)
+    assert named == again != first != second
+    assert named[0].endswith("as CPU template T2") and named[1] != plain.fingerprint()
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "[]"])
+def test_a_cpu_template_that_is_none_is_refused_before_anything_starts(tmp_path, text):
+    file = tmp_path / "template.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(HostNotReady, match="INSTAVM_FIRECRACKER_CPU_TEMPLATE"):
+        CpuTemplate.of(str(file))

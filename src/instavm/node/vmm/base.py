@@ -123,6 +123,10 @@ class Driver(Protocol):
         """Everything about this driver that a saved state depends on."""
         ...
 
+    def processor(self) -> str:
+        """What a saved state depends on of the host's processor. On a host that tells another one it is refused."""
+        ...
+
     async def boot(self, saved: Saved, disk: Path, home: Path, *, tap: int | None = None) -> Machine:
         """Power on what is to be saved as `saved`, whose memory file is made here, in `home` as `disk` (qcow2) is.
 

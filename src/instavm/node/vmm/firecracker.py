@@ -26,11 +26,12 @@ from instavm.node.jail.jail import Cage, Jailed, Jails, Needs
 from instavm.node.jail.jailer import Cell
 from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.network.space import TUNGETDEVNETNS
-from instavm.node.vmm import pages
+from instavm.node.vmm import pages, processor
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.disk_server import DiskServer, open_fuse
 from instavm.node.vmm.firecracker_api import Api
 from instavm.node.vmm.process import OneProcess, VMMProcess
+from instavm.node.vmm.processor import CpuTemplate
 from instavm.node.vmm.vsock import VsockLine
 from instavm.sandbox import Tier
 from instavm.settings import Settings
@@ -50,11 +51,25 @@ HOW_TO_GET: Final = "Take firecracker and jailer from the same upstream release;
 Call = tuple[str, str, Mapping[str, object]]
 
 
-def calls(spec: MachineSpec, limits: Mapping[str, object], network: Mapping[str, object] | None) -> Iterator[Call]:
+def calls(
+    spec: MachineSpec,
+    limits: Mapping[str, object],
+    network: Mapping[str, object] | None,
+    template: CpuTemplate | None = None,
+) -> Iterator[Call]:
     """What a machine is told before it is powered on, in order. limits: of its disk. network: its device's own."""
-    machine = {"vcpu_count": spec.vcpus, "mem_size_mib": spec.memory_mib, "smt": False, "track_dirty_pages": True}
+    machine: dict[str, object] = {
+        "vcpu_count": spec.vcpus,
+        "mem_size_mib": spec.memory_mib,
+        "smt": False,
+        "track_dirty_pages": True,
+    }
+    if template is not None and template.custom is None:
+        machine["cpu_template"] = template.name
     boot = {"kernel_image_path": "/kernel", "initrd_path": "/initrd", "boot_args": KERNEL_ARGUMENTS}
     yield "PUT", "/machine-config", machine
+    if template is not None and template.custom is not None:
+        yield "PUT", "/cpu-config", template.custom
     yield "PUT", "/boot-source", boot
     yield "PUT", "/drives/system", drive("system", "/system", read_only=True)
     yield "PUT", "/drives/root", {**drive("root", "/disk", read_only=False), "rate_limiter": limits}
@@ -206,9 +221,11 @@ class FirecrackerDriver:
     tier = Tier.KVM
 
     def __init__(self, settings: Settings, jails: Jails) -> None:
+        """Raises HostNotReady: the CPU template that was set is none."""
         self._settings = settings
         self._jails = jails
         self._version: str | None = None
+        self._template = CpuTemplate.of(settings.firecracker_cpu_template)
 
     async def version(self) -> str:
         if self._version is None:
@@ -216,7 +233,11 @@ class FirecrackerDriver:
         return self._version
 
     def fingerprint(self) -> str:
-        return f"{self.name} {self._version} {KERNEL_ARGUMENTS}"
+        template = "" if self._template is None else f" CPU template {self._template.name}"
+        return f"{self.name} {self._version} {KERNEL_ARGUMENTS}{template}"
+
+    def processor(self) -> str:
+        return processor.host() if self._template is None else self._template.shown()
 
     def close(self) -> None:
         """Holds nothing."""
@@ -230,7 +251,7 @@ class FirecrackerDriver:
         )
         made, network = await self._spawn(saved, disk, home, shown, tap)
         try:
-            await made.power_on(tuple(calls(spec, disk_limits(self._settings), network)))
+            await made.power_on(tuple(calls(spec, disk_limits(self._settings), network, self._template)))
         except BaseException:
             await made.aclose()
             raise

@@ -19,7 +19,7 @@ from anyio.abc import ByteStream
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node.jail.jail import Jails, Needs
 from instavm.node.network.addresses import GUEST_MAC
-from instavm.node.vmm import blocks, pages, tsc
+from instavm.node.vmm import blocks, pages, processor, tsc
 from instavm.node.vmm.base import MachineSpec, Saved
 from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.monitor import Monitor, listening
@@ -233,6 +233,9 @@ class QemuDriver:
         kind = self._acceleration
         kernel = KERNEL_ARGUMENTS + TIER_ARGUMENTS[kind]
         return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {kernel} {STATE_FORMAT}"
+
+    def processor(self) -> str:
+        return processor.host()
 
     def close(self) -> None:
         self._memories.close()
