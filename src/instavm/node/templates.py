@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -176,9 +176,14 @@ class Templates:
             pass  # one that went may have been all that stood on another
 
     def clear(self) -> None:
-        """Remove what a server that was killed has left half-made of its own. Only at start."""
+        """Remove what servers that were killed have left half-made, here and in the shared cache. Only at start."""
         for dead in self.own.glob(".*"):
             inventory.remove_unfinished(dead)
+        for dead in self._shared.glob(".*-*"):
+            key = dead.name[1:].partition("-")[0]
+            with _unlocked(dead.with_name(f"{key}.lock")) as nobody_builds:
+                if nobody_builds:
+                    inventory.remove_unfinished(dead)
 
     def _folders(self) -> Iterator[Path]:
         for folder in self.own.iterdir() if self.own.is_dir() else ():
@@ -353,6 +358,21 @@ async def _locked(path: Path) -> AsyncIterator[None]:
     try:
         await anyio.to_thread.run_sync(lambda: fcntl.flock(fd, fcntl.LOCK_EX), abandon_on_cancel=True)
         yield
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _unlocked(path: Path) -> Iterator[bool]:
+    """Whether nobody holds `path`; then we do, for as long as the block lasts."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(fd)
 

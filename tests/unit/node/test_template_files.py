@@ -1,11 +1,13 @@
 """A template is used only when every byte of it is what was saved."""
 
+import fcntl
 import json
 
 import pytest
 
 from instavm.errors import CorruptTemplate
 from instavm.node import templates
+from instavm.settings import Settings
 
 
 @pytest.fixture
@@ -75,3 +77,17 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
         (building / "state").write_text("x")
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_starts_removes_what_a_killed_builder_left_in_the_shared_cache(tmp_path):
+    """Also when nobody ever builds that template again; one that somebody builds just now is left alone."""
+    settings = Settings(cache_dir=tmp_path / "cache", state_dir=tmp_path / "state")
+    shared = tmp_path / "cache" / "templates"
+    for name in (".dead-x1", ".busy-x2", "whole"):
+        (shared / name).mkdir(parents=True)
+    with (shared / "busy.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        templates.Templates(settings, None, None).clear()
+    assert {one.name for one in shared.iterdir() if one.is_dir()} == {".busy-x2", "whole"}
+    templates.Templates(settings, None, None).clear()
+    assert {one.name for one in shared.iterdir() if one.is_dir()} == {"whole"}
