@@ -107,7 +107,7 @@ def plot(path: Path, facts: Mapping[str, Any], results: Results) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("ms: median, and up to the 95th percentile")
-    axes.set_title(headline(facts), fontsize="small")
+    figure.suptitle(headline(facts), fontsize="small")
     figure.savefig(path)
 
 
