@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import probed
 import pytest
 from internet import internet
 
@@ -28,4 +29,4 @@ def short_folder():
 @pytest.fixture(scope="session")
 def settings(short_folder):
     """A node of its own, on the images and templates that all runs share (INSTAVM_CACHE_DIR moves them)."""
-    return Settings(state_dir=short_folder / "state", runtime_dir=short_folder / "run", spare_machines=1)
+    return probed.at(Settings(runtime_dir=short_folder / "run", spare_machines=1), short_folder / "state")

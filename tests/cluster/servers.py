@@ -9,6 +9,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import probed
+
 from instavm import InstaVM
 from instavm.node import inventory
 
@@ -22,6 +24,7 @@ class Servers:
     def __init__(self, settings, folder, *, host="127.0.0.1", **more) -> None:
         """host: where to listen. more: settings of all of them."""
         self.state = folder
+        probed.tell(settings, folder)
         self.host = host
         with socket.socket() as probe:
             probe.bind((host, 0))

@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 import anyio
+import probed
 import pytest
 
 from instavm.node.jail import bubblewrap
@@ -26,7 +27,7 @@ STANDARD_LIBRARY = "/usr/lib/python3.11"
 def own(short_folder, settings, request):
     state = short_folder / request.node.name[5:25]
     (state / "machines").mkdir(parents=True, mode=0o700)
-    return settings.model_copy(update={"state_dir": state})
+    return probed.at(settings, state)
 
 
 @pytest.fixture

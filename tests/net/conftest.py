@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import probed
 import pytest
 from internet import Live
 
@@ -22,9 +23,7 @@ def clean(request):
 
 @pytest.fixture(scope="session")
 async def node(settings, short_folder, internet, anyio_backend):
-    mine = settings.model_copy(
-        update={"state_dir": short_folder / "net", "egress_dns": (internet.a,), "egress_connections": 20}
-    )
+    mine = probed.at(settings, short_folder / "net", egress_dns=(internet.a,), egress_connections=20)
     async with Runtime.open(mine) as node:
         yield node
     assert inventory.take(mine.state_dir) == inventory.Inventory(frozenset(), frozenset())

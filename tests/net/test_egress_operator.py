@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 
+import probed
 import pytest
 from internet import Live
 
@@ -60,7 +61,7 @@ async def behind(settings, short_folder, internet, anyio_backend):
     proxy = Proxy(internet.a)
     proxy.start()
     change = {"egress_proxy": proxy.url, "egress_mbit_per_s": 8.0, "spare_machines": 0}
-    mine = settings.model_copy(update={**change, "state_dir": short_folder / "behind"})
+    mine = probed.at(settings, short_folder / "behind", **change)
     async with Runtime.open(mine) as node:
         await node.start(SandboxSpec("vm-behind", 2, 512, egress=Egress(domains=("good.test",), cidrs=("10.0.0.0/8",))))
         yield Live(node, "vm-behind"), proxy
@@ -83,7 +84,7 @@ async def test_allowed_names_go_through_the_proxy_and_no_faster_than_allowed(beh
 async def test_a_registry_that_the_operator_names_may_be_private(settings, short_folder, internet):
     internet.names({"mirror.test": [internet.private], "own.test": [internet.private]})
     change = {"egress_package_hosts": ("mirror.test:8080",), "egress_dns": (internet.a,), "spare_machines": 0}
-    mine = settings.model_copy(update={**change, "state_dir": short_folder / "mirror"})
+    mine = probed.at(settings, short_folder / "mirror", **change)
     async with Runtime.open(mine) as node:
         await node.start(SandboxSpec("vm-mirror", 2, 512, egress=Egress(packages=True)))
         sandbox = Live(node, "vm-mirror")

@@ -1,5 +1,6 @@
 """pip, npm and apt install from wherever the image is set up to, with packages allowed and nothing else."""
 
+import probed
 import pytest
 from internet import Live
 
@@ -12,7 +13,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture
 async def real(settings, short_folder, anyio_backend):
     """Sandboxes of a node that looks names up as its host does."""
-    mine = settings.model_copy(update={"state_dir": short_folder / "packages", "spare_machines": 0})
+    mine = probed.at(settings, short_folder / "packages", spare_machines=0)
     async with Runtime.open(mine) as node:
 
         async def start(egress):

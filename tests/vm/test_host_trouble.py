@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import anyio
+import probed
 import pytest
 
 from instavm.errors import BootFailed, DiskFull, HostNotReady, OutcomeUnknown
@@ -24,7 +25,7 @@ NOTHING = inventory.Inventory(frozenset(), frozenset())
 @pytest.fixture
 def own(settings, short_folder, request):
     """Settings of a node that is this test's alone."""
-    return settings.model_copy(update={"state_dir": short_folder / request.node.name[5:20], "spare_machines": 0})
+    return probed.at(settings, short_folder / request.node.name[5:20], spare_machines=0)
 
 
 async def test_a_guest_that_never_answers_is_given_up(own, monkeypatch):
@@ -46,7 +47,7 @@ async def test_a_guest_that_never_answers_is_given_up(own, monkeypatch):
 
 
 async def test_a_full_disk_is_told_and_leaves_nothing(own):
-    own.state_dir.mkdir()
+    own.state_dir.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", own.state_dir], check=True)
     try:
         async with Runtime.open(own) as node:
@@ -59,7 +60,7 @@ async def test_a_full_disk_is_told_and_leaves_nothing(own):
 
 async def test_a_sandbox_that_fills_the_hosts_disk_is_ended_and_its_neighbour_goes_on(own, short_folder):
     """A disk of its own, and no tmpfs: what is written there would count as memory of the VMM."""
-    own.state_dir.mkdir()
+    own.state_dir.mkdir(exist_ok=True)
     with (short_folder / "disk").open("wb") as disk:
         disk.truncate(800 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk.name], check=True)

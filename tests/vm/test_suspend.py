@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import anyio
+import probed
 import pytest
 
 from instavm.errors import CorruptSnapshot, DiskFull, SessionEnded, SnapshotError
@@ -176,7 +177,7 @@ async def test_a_host_disk_that_is_full_leaves_the_sandbox_running(settings, sho
     state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "tmpfs", state], check=True)
     try:
-        own = settings.model_copy(update={"state_dir": state, "spare_machines": 0})
+        own = probed.at(settings, state, spare_machines=0)
         async with Runtime.open(own) as node:
             await node.start(SandboxSpec("vm-full", 2, 512))
             await python(node, "vm-full", "import os; data = os.urandom(40 << 20); x = 1")

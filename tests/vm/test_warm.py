@@ -4,6 +4,7 @@ import os
 import signal
 
 import anyio
+import probed
 import pytest
 
 from instavm.node import inventory, machines
@@ -17,7 +18,7 @@ ASK = Command(DRAW, "python", 60)
 
 @pytest.fixture
 async def node(settings, short_folder):
-    own = settings.model_copy(update={"state_dir": short_folder / "warm", "spare_machines": 0, "warm_machines": 2})
+    own = probed.at(settings, short_folder / "warm", spare_machines=0, warm_machines=2)
     async with Runtime.open(own) as node:
         yield node
     assert inventory.take(own.state_dir) == inventory.Inventory(frozenset(), frozenset())
