@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import subprocess
 import time
 
 import debian_made
@@ -10,6 +11,7 @@ import oci_made
 import pytest
 from builds import built, ended, started
 from oci_made import busybox, entry, layer, layout
+from servers import PROGRAM
 
 from instavm.errors import ForbiddenError, SnapshotError
 from instavm.node import inventory
@@ -110,11 +112,37 @@ def test_an_image_of_a_registry_with_things_added_to_it(client, tmp_path, server
         result = vm.execute("1", language=language)
         assert (result.exit_code, result.stderr) == (127, f"{word}: not found in this image\n")
     vm.vms.delete(vm.get_session_info()["vm_id"])
-    for one in vm.snapshots.list():
-        vm.snapshots.delete(one["id"])
-    assert vm.snapshots.garbage()["removed"] == []
+    command_line(servers, snapshot)
     for place in ("layers", "snapshots", "templates"):
         assert not [one for one in (servers.state / place).iterdir() if one.suffix != ".lock"], f"{place} are left"
+
+
+def command_line(servers, snapshot):
+    """What `instavm snapshot` says of that one and of a build that fails; with it everything is removed."""
+    failing = [
+        PROGRAM,
+        "snapshot",
+        "build",
+        "127.0.0.1:1/nothing:there",
+        "--cpu",
+        "1",
+        "--memory",
+        "256",
+        "--name",
+        "no",
+    ]
+    failed = subprocess.run(failing, env=servers.env, capture_output=True, text=True, timeout=60)
+    assert failed.returncode != 0 and "the build failed: " in failed.stderr and "=> fetch" in failed.stderr
+    rows = json.loads(servers.run("snapshot", "ls", "--json"))
+    assert {row["name"]: row["status"] for row in rows if row["name"]} == {"no": "failed", "box": "ready"}
+    assert rows[0]["id"] == failed.stdout.strip(), "it was told which one it is, and the newest comes first"
+    shown = servers.run("snapshot", "get", snapshot.snapshot_id).splitlines()
+    assert f"oci_digest: {snapshot['oci_digest']}" in shown and "status: ready" in shown
+    assert servers.run("snapshot", "gc", "--dry-run") == "there is nothing to remove"
+    ids = [row["id"] for row in rows]
+    assert servers.run("snapshot", "rm", *ids).splitlines() == [f"removed {one}" for one in ids]
+    assert json.loads(servers.run("snapshot", "ls", "--json")) == []
+    assert servers.run("snapshot", "gc") == "there is nothing to remove"
 
 
 def test_an_image_with_python_and_one_with_a_single_program(client, tmp_path):
