@@ -29,4 +29,5 @@ def short_folder():
 @pytest.fixture(scope="session")
 def settings(short_folder):
     """A node of its own, on the images and templates that all runs share (INSTAVM_CACHE_DIR moves them)."""
-    return probed.at(Settings(runtime_dir=short_folder / "run", spare_machines=1), short_folder / "state")
+    few = {"spare_machines": 1, "spare_machines_max": 1}
+    return probed.at(Settings(runtime_dir=short_folder / "run", **few), short_folder / "state")

@@ -112,8 +112,9 @@ class Settings(Places):
     restore_timeout_s: float = Field(20.0, gt=0)
     """VMM started → sandbox ready, when a template is restored."""
     spare_machines: int = Field(2, ge=0, le=64)
-    """Empty VMM processes (with overlay and sockets, no guest memory loaded) kept ready per template in use.
-    """
+    """Empty VMM processes (with overlay and sockets, no guest memory loaded) kept ready per template in use. 0 = none."""
+    spare_machines_max: int = Field(16, ge=0, le=256)
+    """As many as were asked for within the last minute are kept ready, but no more than this; each costs about 20 MiB."""
     warm_machines: int = Field(0, ge=0, le=256)
     """At most so many sandboxes kept restored, warmed up and paused, of all templates together; how many there are
     follows the demand. 0 = none, which is right for small hosts: each costs about 64 MiB and a second of CPU time."""

@@ -29,7 +29,8 @@ class Servers:
         with socket.socket() as probe:
             probe.bind((host, 0))
             self.port = probe.getsockname()[1]
-        chosen = {"STATE_DIR": folder, "RUNTIME_DIR": folder, "CACHE_DIR": settings.cache_dir, "SPARE_MACHINES": 1}
+        chosen = {"STATE_DIR": folder, "RUNTIME_DIR": folder, "CACHE_DIR": settings.cache_dir}
+        chosen |= {"SPARE_MACHINES": 1, "SPARE_MACHINES_MAX": 1}
         self.env = {**os.environ, **_variables({**chosen, **more})}
         self.url = f"http://127.0.0.1:{self.port}"
         self.key = self.run("key", "create", "restart")

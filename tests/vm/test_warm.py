@@ -71,3 +71,16 @@ async def test_an_unused_pool_is_drained(node, monkeypatch):
     for shelf in node._machines._shelves.values():
         shelf.changed.set()
     await until(lambda: not warm(node))
+
+
+async def test_spare_machines_follow_what_was_asked_for_of_late(settings, short_folder, monkeypatch):
+    own = probed.at(settings, short_folder / "spares", spare_machines=1, spare_machines_max=3)
+    async with Runtime.open(own) as node:
+        for name in ("vm-a", "vm-b", "vm-c", "vm-d"):
+            await node.start(SandboxSpec(name, 2, 512))
+        await until(lambda: len(node._machines.prepared()) == 3)
+        (shelf,) = node._machines._shelves.values()
+        monkeypatch.setattr(machines, "DEMAND_MEMORY_S", 0.01)  # as if that was long ago
+        shelf.changed.set()
+        await until(lambda: len(node._machines.prepared()) == 1)
+    assert inventory.take(own.state_dir) == inventory.Inventory(frozenset(), frozenset())

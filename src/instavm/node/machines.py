@@ -164,6 +164,7 @@ class Machines:
         layers: Layers,
         *,
         spares: int,
+        spares_max: int,
         warm_max: int,
         warm_memory_mib: int,
     ) -> None:
@@ -171,7 +172,8 @@ class Machines:
         self._layers = layers
         self._driver = driver
         self._networks = networks
-        self._spares_wanted = spares
+        self._spares = spares
+        self._spares_max = spares_max
         self._warm_max = min(warm_max, warm_memory_mib // WARM_MIB)
         self._shelves: dict[str, Shelf] = {}
 
@@ -258,20 +260,29 @@ class Machines:
                 await self._close_the_gap(template, shelf)
             except InstaVMError as exc:  # the edge of this task: whoever asks for a machine next is told the same
                 log.warning("no machine could be made ahead of time: %s", exc)
-            with anyio.move_on_after(DEMAND_MEMORY_S if shelf.warm else None):
+            with anyio.move_on_after(DEMAND_MEMORY_S if shelf.warm or len(shelf.spare) > self._spares else None):
                 await shelf.changed.wait()
 
     async def _close_the_gap(self, template: Template, shelf: Shelf) -> None:
         while len(shelf.warm) > self._warm_wanted(shelf):
             await shelf.warm.pop().aclose()
-        while len(shelf.spare) < self._spares_wanted and not shelf.over:
+        while len(shelf.spare) > self._spares_wanted(shelf):
+            await shelf.spare.pop().aclose()
+        while len(shelf.spare) < self._spares_wanted(shelf) and not shelf.over and not shelf.changed.is_set():
             ready = await self._prepare(template, background=True)
             ready.stage = "spare_machine"
             await _put(shelf, shelf.spare, ready)
-        while len(shelf.warm) < self._warm_wanted(shelf) and not shelf.over:
+        while len(shelf.warm) < self._warm_wanted(shelf) and not shelf.over and not shelf.changed.is_set():
             began = time.monotonic()
             await _put(shelf, shelf.warm, await self._warm(template))
             shelf.refill_s += (time.monotonic() - began - shelf.refill_s) / 4
+
+    def _spares_wanted(self, shelf: Shelf) -> int:
+        """As many as were asked for of late: who starts many at one time does so again."""
+        if not self._spares:
+            return 0
+        asked = round(shelf.demand(time.monotonic()) * DEMAND_MEMORY_S)
+        return max(self._spares, min(asked, self._spares_max))
 
     def _warm_wanted(self, shelf: Shelf) -> int:
         """Enough for what is asked for during the time that a new one takes, twice over, within the budget."""

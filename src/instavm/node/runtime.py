@@ -140,6 +140,7 @@ class Runtime:
                 networks,
                 layers,
                 spares=settings.spare_machines,
+                spares_max=settings.spare_machines_max,
                 warm_max=settings.warm_machines,
                 warm_memory_mib=settings.warm_memory_mib,
             )
