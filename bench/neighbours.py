@@ -16,8 +16,7 @@ from pathlib import Path
 
 from instavm import InstaVM
 from instavm.bench import report
-from instavm.bench.host import KEY, server
-from start import SETTLED_S
+from instavm.bench.host import KEY, SETTLED_S, server
 
 NOISE = {
     "computes": "sh -c 'while :; do :; done' & while :; do :; done",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from instavm.bench import baseline
+from instavm.bench import baseline, start
 from instavm.cli.app import run
 
 
@@ -15,12 +15,29 @@ from instavm.cli.app import run
         ("density", {"private memory of a VMM, idle", "CPU of a sandbox, idle", "answer of each of 2 live sandboxes"}),
         ("baseline", {baseline.OURS, baseline.RESTORED, baseline.BOOTED, baseline.FLOOR}),
         ("sizes", {"2 vCPUs, 512 MB"}),
+        ("start", {start.WHOLE, "  node: identity", f"warm machines, {start.WHOLE}", start.FLOOR}),
+        ("execute", {"round trip: python, print(1)", "streamed: print of a line to event", "20 MB of stdout"}),
+        ("files", {"upload of 1 MiB", "download of 1 MiB", "2 MiB, a sandbox of 512 MB"}),
+        ("snapshots", {"fork(1) → result of each", "suspend", "resume → result", "pause of the source: fork"}),
+        ("drivers", {"qemu-tcg: restored, to the first result", "qemu-tcg: cold boot, to the first result"}),
+        ("egress", {"TLS, connection and request, filtered", "TLS, connection and request, direct"}),
     ],
 )
 def test_a_bench_keeps_what_it_measured(subject, measured, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("INSTAVM_CACHE_DIR", str(settings.cache_dir))
     monkeypatch.setattr("instavm.bench.density.IDLE_S", 1.0)
     monkeypatch.setattr("instavm.bench.baseline.BOOTS", 1)
+    monkeypatch.setattr("instavm.bench.interactive.SETTLED_S", 0.0)
+    monkeypatch.setattr("instavm.bench.execute.SETTLED_S", 0.0)
+    monkeypatch.setattr("instavm.bench.start.COLDS", 0)
+    monkeypatch.setattr("instavm.bench.start.JAILS", ())
+    monkeypatch.setattr("instavm.bench.execute.CELLS", (("python", "print(1)"), ("python", "1 + 1")))
+    monkeypatch.setattr("instavm.bench.execute.MEGABYTES", 20)
+    monkeypatch.setattr("instavm.bench.files.MIDDLING_MIB", 1)
+    monkeypatch.setattr("instavm.bench.files.LARGE_MIB", 2)
+    monkeypatch.setattr("instavm.bench.snapshots.WRITTEN_MIB", (0,))
+    monkeypatch.setattr("instavm.bench.snapshots.FORKS", (1,))
+    monkeypatch.setattr("instavm.bench.egress.BULK_MIB", 1)
     monkeypatch.setattr("instavm.bench.sizes.MEMORY_MIB", (512,))
     monkeypatch.setattr("instavm.bench.sizes.VCPUS", (2,))
     assert run(["bench", subject, "-n", "2", "--json", str(tmp_path / "out.json"), "--markdown"]) == 0
@@ -28,4 +45,5 @@ def test_a_bench_keeps_what_it_measured(subject, measured, settings, tmp_path, m
     assert measured <= set(kept["results"])
     assert kept["machine"]["count"] == 2
     assert all(figures["n"] > 0 for name, figures in kept["results"].items() if name in measured)
+    assert all(figures["p50_ms"] <= figures["p95_ms"] for figures in kept["results"].values() if "p95_ms" in figures)
     assert "| what | measured |" in capsys.readouterr().out

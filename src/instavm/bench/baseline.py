@@ -7,8 +7,6 @@ The plain ones have no API, no jail and no network device around them, which is 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -21,7 +19,9 @@ from typing import Final
 import anyio
 
 from instavm.bench import report
+from instavm.bench.host import server
 from instavm.bench.interactive import PAUSE_S, first_result
+from instavm.bench.timing import FLOOR, floor_ms
 from instavm.node import identity
 from instavm.node.agent import Agent, connected
 from instavm.node.images.store import Image, ImageStore
@@ -35,29 +35,29 @@ from instavm.settings import Settings
 OURS: Final = "sandbox: from the constructor to the first result"
 BOOTED: Final = "plain VMM: cold boot to the first result"
 RESTORED: Final = "plain VMM: restored from a saved boot, to the first result"
-FLOOR: Final = "floor: python3 -c on the host"
 BOOTS: Final = 5
 """A boot takes many seconds: at most so many, spread over all rounds."""
 FIRST: Final = Command("print(6 * 7)", "python", 60)
 
 
-def measure(count: int, vcpus: int, memory_mib: int, settings: Settings) -> dict[str, Mapping[str, float]]:
-    """`settings` are those of the server that the sandboxes are started on. Raises: as what is compared does."""
-    return anyio.run(_measure, count, vcpus, memory_mib, settings)
+def measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
+    """Raises: as what is compared does."""
+    with server() as settings:
+        return anyio.run(_measure, count, vcpus, memory_mib, settings)
 
 
-async def _measure(count: int, vcpus: int, memory_mib: int, settings: Settings) -> dict[str, Mapping[str, float]]:
+async def _measure(count: int, vcpus: int, memory_mib: int, settings: Settings) -> report.Results:
     times: dict[str, list[float]] = defaultdict(list)
-    async with _plain(settings, vcpus, memory_mib) as plain:
-        await plain.keep()
+    async with plain(settings.model_copy(update={"jail": "off"}), vcpus, memory_mib) as other:
+        await other.keep()
         await anyio.to_thread.run_sync(first_result, vcpus, memory_mib)  # the first of a size may boot its template
         for number in range(count):
             await anyio.sleep(PAUSE_S)
             times[OURS].append(await anyio.to_thread.run_sync(first_result, vcpus, memory_mib))
-            times[RESTORED].append(await plain.restored())
+            times[RESTORED].append(await other.restored())
             if number * min(count, BOOTS) % count < BOOTS:
-                times[BOOTED].append(await plain.booted())
-            times[FLOOR].append(_floor())
+                times[BOOTED].append(await other.booted())
+            times[FLOOR].append(await anyio.to_thread.run_sync(floor_ms))
     results: dict[str, Mapping[str, float]] = {
         name: report.spread(times[name]) for name in (OURS, RESTORED, BOOTED, FLOOR)
     }
@@ -134,9 +134,10 @@ class Plain:
 
 
 @asynccontextmanager
-async def _plain(settings: Settings, vcpus: int, memory_mib: int) -> AsyncIterator[Plain]:
+async def plain(settings: Settings, vcpus: int, memory_mib: int) -> AsyncIterator[Plain]:
+    """On the driver that `settings` choose. Raises: HostNotReady."""
     with tempfile.TemporaryDirectory(prefix="ivm-plain-") as folder:
-        apart = settings.model_copy(update={"state_dir": Path(folder), "jail": "off"})
+        apart = settings.model_copy(update={"state_dir": Path(folder)})
         with Jails.open(apart) as jails:
             driver, _ = await choose(apart, jails)
             try:
@@ -154,9 +155,3 @@ async def _answer(agent: Agent) -> None:
     outcome = await agent.execute(FIRST)
     if outcome.stdout != "42\n":
         raise RuntimeError(f"a plain machine answered {outcome.stdout!r}")
-
-
-def _floor() -> float:
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "print(6 * 7)"], check=True, capture_output=True)
-    return (time.perf_counter() - began) * 1000

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Final
 
 import psutil
 
 from instavm.bench import report
-from instavm.bench.host import KEY
+from instavm.bench.host import KEY, MEMORY_OVERCOMMIT, server
+from instavm.bench.memory import private_mib
 from instavm.client.sync import InstaVM
 from instavm.node import inventory
-from instavm.settings import Settings
 
 IDLE_S: Final = 10.0
 GROUPS: Final = 5
@@ -22,10 +21,10 @@ GROUPS: Final = 5
 MIB: Final = 1 << 20
 
 
-def measure(count: int, vcpus: int, memory_mib: int, settings: Settings) -> dict[str, Mapping[str, float]]:
-    """`settings` are those of the server, which must have room for `count` sandboxes of this size."""
+def measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
+    """`count` sandboxes at one time. Raises: as the client does."""
     results: dict[str, Mapping[str, float]] = {}
-    with ExitStack() as alive:
+    with server(memory_overcommit=MEMORY_OVERCOMMIT) as settings, ExitStack() as alive:
         with InstaVM(KEY, cpu_count=vcpus, memory_mb=memory_mib) as vm:
             vm.execute("print(1)")  # the template, and what the server needs once
         before = psutil.virtual_memory().available
@@ -57,13 +56,8 @@ def measure(count: int, vcpus: int, memory_mib: int, settings: Settings) -> dict
 
 
 def _private(machines: list[psutil.Process]) -> dict[str, float]:
-    sizes = sorted(_private_mib(machine.pid) for machine in machines)
+    sizes = sorted(private_mib(machine.pid) for machine in machines)
     return {"p50_mib": round(sizes[len(sizes) // 2], 1), "max_mib": round(sizes[-1], 1), "n": len(sizes)}
-
-
-def _private_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def _idle(machines: list[psutil.Process]) -> dict[str, float]:

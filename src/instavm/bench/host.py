@@ -14,6 +14,10 @@ from typing import Final
 from instavm.settings import Settings
 
 KEY: Final = "bench"
+MEMORY_OVERCOMMIT: Final = 16
+"""What many sandboxes at one time are promised may be so many times what the host has: here they do next to nothing."""
+SETTLED_S: Final = 4.0
+"""After a start the node makes machines for the next ones; what is measured in the quiet begins when that is over."""
 
 
 @contextmanager

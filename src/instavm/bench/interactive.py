@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from typing import Final
 
 from instavm.bench import report
-from instavm.bench.host import KEY
+from instavm.bench.host import KEY, MEMORY_OVERCOMMIT, SETTLED_S, server
 from instavm.client.sync import InstaVM
 
 STAGGER_S: Final = 0.2
@@ -19,18 +18,20 @@ PAUSE_S: Final = 1.5
 """Between sandboxes that come one after the other: long enough that the node has made ready for the next one."""
 
 
-def measure(count: int, vcpus: int, memory_mib: int) -> dict[str, Mapping[str, float]]:
+def measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
     """Raises: whatever a sandbox that does not come up raises; one of a burst that fails fails the bench."""
-    first_result(vcpus, memory_mib)  # the first of a size may have to boot its template
-    alone = []
-    for _ in range(count):
-        time.sleep(PAUSE_S)
-        alone.append(first_result(vcpus, memory_mib))
-    return {
-        "one after the other": report.spread(alone),
-        "200 ms apart": report.spread(together(count, vcpus, memory_mib, STAGGER_S)),
-        "all at once": report.spread(together(count, vcpus, memory_mib, 0.0)),
-    }
+    with server(memory_overcommit=MEMORY_OVERCOMMIT):
+        first_result(vcpus, memory_mib)  # the first of a size may have to boot its template
+        alone = []
+        for _ in range(count):
+            time.sleep(PAUSE_S)
+            alone.append(first_result(vcpus, memory_mib))
+        time.sleep(SETTLED_S)
+        apart = together(count, vcpus, memory_mib, STAGGER_S)
+        time.sleep(SETTLED_S)
+        at_once = together(count, vcpus, memory_mib, 0.0)
+    times = {"one after the other": alone, "200 ms apart": apart, "all at once": at_once}
+    return {name: report.spread(found) for name, found in times.items()}
 
 
 def first_result(vcpus: int, memory_mib: int, done: threading.Barrier | None = None) -> float:

@@ -47,15 +47,15 @@ def _python_loop_ms() -> float:
     return min(times)
 
 
-def spread(times_ms: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 and n of times in milliseconds. p99 is there from 20 times on."""
-    ordered = sorted(times_ms)
+def spread(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
+    """p50, p95, p99 and n of values in a unit of UNITS. p99 is there from 20 values on."""
+    ordered = sorted(values)
 
     def percentile(percent: int) -> float:
         return round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 2)
 
-    found = {"p50_ms": round(statistics.median(ordered), 2), "p95_ms": percentile(95)}
-    return {**found, **({"p99_ms": percentile(99)} if len(ordered) >= 20 else {}), "n": len(ordered)}
+    found = {f"p50_{unit}": round(statistics.median(ordered), 2), f"p95_{unit}": percentile(95)}
+    return {**found, **({f"p99_{unit}": percentile(99)} if len(ordered) >= 20 else {}), "n": len(ordered)}
 
 
 def headline(facts: Mapping[str, Any]) -> str:

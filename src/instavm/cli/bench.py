@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from instavm.errors import HostNotReady
 
+if TYPE_CHECKING:
+    from instavm.bench.report import Results
+
 
 class Subject(StrEnum):
     INTERACTIVE = "interactive"
+    START = "start"
+    EXECUTE = "execute"
+    FILES = "files"
+    SNAPSHOTS = "snapshots"
     DENSITY = "density"
     BASELINE = "baseline"
+    DRIVERS = "drivers"
     SIZES = "sizes"
+    EGRESS = "egress"
 
 
-SUBJECTS = """interactive: from nothing to the first result. density: many sandboxes at one time. baseline: the same beside a cold
-boot, a plain restore and a bare python3. sizes: starts of all sizes of memory and vCPUs."""
+SUBJECTS = """interactive: from nothing to the first result. start: its steps, with and without machines made ahead.
+execute: round trips and streamed output. files: up and down. snapshots: suspend, resume, fork, snapshot.
+density: many sandboxes at one time. baseline: the same beside a cold boot, a plain restore and a bare python3.
+drivers: the VMMs of this host. sizes: starts of all sizes of memory and vCPUs. egress: the way through the filter."""
 
 
 def bench(
@@ -28,7 +40,7 @@ def bench(
         typer.Argument(help=SUBJECTS),
     ] = Subject.INTERACTIVE,
     *,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many sandboxes.")] = 20,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many sandboxes, calls or rounds.")] = 20,
     cpu: Annotated[int, typer.Option(min=1, max=8, help="vCPUs of each.")] = 2,
     memory: Annotated[int, typer.Option(min=256, max=8192, help="Memory of each in MB.")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the results in this file.")] = None,
@@ -36,18 +48,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Draw the times into this file, .png or .svg.")] = None,
 ) -> None:
     """Medians and percentiles with the machine's facts. Nothing else should run meanwhile."""
-    from instavm.bench import baseline, density, host, interactive, report, sizes  # noqa: PLC0415 (the server's libraries are an extra)
+    from instavm.bench import report  # noqa: PLC0415 (the server's libraries are an extra)
 
     facts = {**report.machine(), "count": count, "vcpus": cpu, "sandbox_memory_mib": memory}
-    with host.server(memory_overcommit=16) as settings:
-        if what is Subject.DENSITY:
-            results = density.measure(count, cpu, memory, settings)
-        elif what is Subject.BASELINE:
-            results = baseline.measure(count, cpu, memory, settings)
-        elif what is Subject.SIZES:
-            results = sizes.measure(count, cpu, memory)
-        else:
-            results = interactive.measure(count, cpu, memory)
+    results = _measures()[what](count, cpu, memory)
     print(report.markdown(facts, results) if markdown else report.table(facts, results))
     if json_file is not None:
         report.save(json_file, facts, results)
@@ -56,3 +60,32 @@ def bench(
             report.plot(plot, facts, results)
         except ModuleNotFoundError as exc:
             raise HostNotReady(f"a plot needs {exc.name}: pip install 'instavm-selfhosted[bench]'") from None
+
+
+def _measures() -> dict[Subject, Callable[[int, int, int], Results]]:
+    """How each is measured: with so many rounds, on sandboxes of so many vCPUs and so much memory in MB."""
+    from instavm.bench import (  # noqa: PLC0415 (as above)
+        baseline,
+        density,
+        drivers,
+        egress,
+        execute,
+        files,
+        interactive,
+        sizes,
+        snapshots,
+        start,
+    )
+
+    return {
+        Subject.INTERACTIVE: interactive.measure,
+        Subject.START: start.measure,
+        Subject.EXECUTE: execute.measure,
+        Subject.FILES: files.measure,
+        Subject.SNAPSHOTS: snapshots.measure,
+        Subject.DENSITY: density.measure,
+        Subject.BASELINE: baseline.measure,
+        Subject.DRIVERS: drivers.measure,
+        Subject.SIZES: sizes.measure,
+        Subject.EGRESS: lambda count, _vcpus, _memory: egress.measure(count),
+    }
