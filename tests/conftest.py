@@ -31,3 +31,11 @@ def settings(short_folder):
     """A node of its own, on the images and templates that all runs share (INSTAVM_CACHE_DIR moves them)."""
     few = {"spare_machines": 1, "spare_machines_max": 1}
     return probed.at(Settings(runtime_dir=short_folder / "run", **few), short_folder / "state")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Loudly, since a run without it looks as green as one with it."""
+    for report in terminalreporter.stats.get("skipped", ()):
+        if report.nodeid.startswith("tests/kvm/"):
+            terminalreporter.section("THE KVM TIER WAS NOT TESTED", red=True, bold=True)
+            terminalreporter.line(str(report.longrepr))

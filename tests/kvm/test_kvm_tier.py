@@ -3,24 +3,28 @@
 Here only its core, on Firecracker. All of it, on both drivers: scripts/kvm.
 """
 
-import os
 import sys
 
 import pytest
+from rig import excused
 
 CORE = (
     "tests/driver/test_contract.py::test_a_prepared_machine_loads_and_runs",
     "tests/driver/test_save_changes.py::test_parent_and_child_go_on_from_the_same_moment",
 )
-DEADLINE_S = 600.0
+DEADLINE_S = 420.0
+TRIES = 2
+"""The emulated processor loses an interrupt, or delivers one too early, once in many runs (docs/kvm.md)."""
 
 
-@pytest.mark.skipif(
-    "INSTAVM_TEST_KVM" not in os.environ, reason="fails now and then, cause unknown; run it with INSTAVM_TEST_KVM=1"
-)
 @pytest.mark.slow
-@pytest.mark.timeout(2 * DEADLINE_S + 900)  # the first run builds the rig, and one that fails is tried once more
+@pytest.mark.timeout(4 * DEADLINE_S + 900)  # the first run builds the rig; the rig tries again what it lost itself
 def test_firecracker_boots_executes_saves_and_restores(rig):
-    done = rig.pytest(["firecracker"], CORE, deadline_s=DEADLINE_S, output=sys.stdout.write)
+    for _ in range(TRIES):
+        with excused():
+            done = rig.pytest(["firecracker"], CORE, deadline_s=DEADLINE_S, output=sys.stdout.write)
+        if done.status == 0:
+            break
+        print("failed; once more", flush=True)
     assert done.status == 0, done.output
     assert "2 passed" in done.output

@@ -207,6 +207,8 @@ async def test_the_report_says_what_the_kernel_says_and_is_signed(sandbox, node)
         "qemu",
         "on",
     )
+    info = await node.info()
+    assert report["established_by"] == info.probe and info.probe, "the probe's own words, or who set it"
     process = report["process"]
     assert process["uid"] == [int(status(sandbox)["Uid"].split()[0])]
     assert set(process["capabilities"].values()) == {"0" * 16}

@@ -46,7 +46,8 @@ def test_the_three_programs_print_what_the_mission_says(user):
     assert lines[0] == "4 vCPUs, 4096 MB: 4"
     assert lines[2] == "environment: postgres://..."
     assert lines[4] == "state: 42"
-    assert all(re.match(r"  asked for → result: \d+ ms on qemu, emulated tier", line) for line in lines[1::2])
+    on = "(qemu, emulated|qemu, kvm|firecracker, kvm) tier"
+    assert all(re.match(rf"  asked for → result: \d+ ms on {on}", line) for line in lines[1::2])
 
 
 def test_the_snippets_of_the_readme_run(user):

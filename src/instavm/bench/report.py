@@ -16,7 +16,7 @@ from instavm.version import __version__
 Results = Mapping[str, Mapping[str, float]]
 """What was measured → its figures; the unit is the end of each figure's name."""
 
-UNITS: Final = {"ms": "ms", "mib": "MiB", "percent": "%", "s": "s", "times": "×"}
+UNITS: Final = {"mib_per_s": "MiB/s", "ms": "ms", "mib": "MiB", "percent": "%", "s": "s", "times": "×"}
 
 
 def machine() -> dict[str, Any]:
@@ -112,7 +112,7 @@ def plot(path: Path, facts: Mapping[str, Any], results: Results) -> None:
 
 
 def _figure(key: str, value: float) -> str:
-    name, _, unit = key.rpartition("_")
-    if unit not in UNITS:
+    unit = next((unit for unit in UNITS if key.endswith(f"_{unit}")), None)
+    if unit is None:
         return f"{key} {value:g}"
-    return f"{name} {value:9.2f} {UNITS[unit]}".lstrip()
+    return f"{key.removesuffix(unit).rstrip('_')} {value:9.2f} {UNITS[unit]}".lstrip()
