@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "soak.json")
     asked = parser.parse_args()
     facts = report.machine()
-    with server():
+    with server(spare_machines_max=Settings().spare_machines):
         state_dir = Settings().state_dir
         results = measured(asked.cycles, asked.warm_up)
     left = inventory.take(state_dir)

@@ -25,6 +25,7 @@ from instavm.cli.app import run
 )
 def test_a_bench_keeps_what_it_measured(subject, measured, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("INSTAVM_CACHE_DIR", str(settings.cache_dir))
+    monkeypatch.setenv("INSTAVM_STATE_DIR", str(settings.state_dir))  # what the probe found is kept there
     monkeypatch.setattr("instavm.bench.density.IDLE_S", 1.0)
     monkeypatch.setattr("instavm.bench.baseline.BOOTS", 1)
     monkeypatch.setattr("instavm.bench.interactive.SETTLED_S", 0.0)

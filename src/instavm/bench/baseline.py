@@ -19,7 +19,7 @@ from typing import Final
 import anyio
 
 from instavm.bench import report
-from instavm.bench.host import server
+from instavm.bench.host import server, tell_probe
 from instavm.bench.interactive import PAUSE_S, first_result
 from instavm.bench.timing import FLOOR, floor_ms
 from instavm.node import identity
@@ -137,6 +137,7 @@ class Plain:
 async def plain(settings: Settings, vcpus: int, memory_mib: int) -> AsyncIterator[Plain]:
     """On the driver that `settings` choose. Raises: HostNotReady."""
     with tempfile.TemporaryDirectory(prefix="ivm-plain-") as folder:
+        tell_probe(settings.state_dir, Path(folder))
         apart = settings.model_copy(update={"state_dir": Path(folder)})
         with Jails.open(apart) as jails:
             driver, _ = await choose(apart, jails)

@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 import anyio
 
 from instavm.bench import report
+from instavm.bench.host import tell_probe
 from instavm.bench.memory import private_mib
 from instavm.errors import InstaVMError
 from instavm.node.runtime import Runtime
@@ -40,7 +41,9 @@ def measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
 async def _measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
     found = {mib: Found() for mib in WRITTEN_MIB}
     with tempfile.TemporaryDirectory(prefix="ivm-bench-") as folder:
-        async with Runtime.open(Settings(state_dir=Path(folder) / "state", spare_machines=1)) as node:
+        tell_probe(Settings().state_dir, Path(folder) / "state")
+        settings = Settings(state_dir=Path(folder) / "state", spare_machines=1, spare_machines_max=1)
+        async with Runtime.open(settings) as node:
             first = Source(node, "vm-first", vcpus, memory_mib)  # its template is made now, if it was not there
             await first.start()
             await node.stop(first.vm_id)

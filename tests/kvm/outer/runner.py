@@ -86,6 +86,8 @@ def carry_out(line, job):
         "INSTAVM_FIRECRACKER": "/rig/bin/firecracker",
         **job["env"],
     }
+    # for programs that are given an environment of their own
+    Path("/usr/lib/python3/dist-packages/rig.pth").write_text(f"/job/src\n{PACKAGES}\n")
     # a fork of this process, which has imported already what is the same in every job
     reading, writing = os.pipe()
     child = os.fork()

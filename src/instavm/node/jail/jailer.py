@@ -31,12 +31,14 @@ exec </dev/null
 for fd in $IVM_FDS; do eval "exec $fd>&-"; done
 wait $!
 status=$?
-if [ "$(stat -c %u /proc/$IVM_DISK)" = "$IVM_UID" ]; then kill -9 $IVM_DISK; fi
+while read -r name uid rest; do
+    if [ "$name $uid" = "Uid: $IVM_UID" ]; then kill -9 $IVM_DISK; fi
+done </proc/$IVM_DISK/status
 exit $status
 """
 """Starts what follows as the first process of a process namespace, and ends as it ends, with the server of its disk, whatever
 became of ours. It must not hold the disk's descriptor: a file system whose server is gone is given up by the kernel only
-when nobody holds that."""
+when nobody holds that. When that first process is gone this shell can start no other: no command of its last lines is one."""
 _BEGIN = """\
 set -e
 mount -t proc proc /proc

@@ -260,6 +260,8 @@ class FirecrackerDriver:
     async def prepare(
         self, saved: Saved, disk: Path, home: Path, *, background: bool, tap: int | None = None
     ) -> FirecrackerMachine:
+        if saved.changes is not None:
+            await anyio.to_thread.run_sync(pages.check, saved.memory, saved.changes)
         for file in (saved.memory, saved.state):
             file.chmod(0o444)  # the folder is nobody's but ours, and in the jail it can't be written
         shown = ((saved.memory, "memory"), (saved.state, "state"), (saved.spec.system, "system"))

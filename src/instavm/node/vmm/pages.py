@@ -96,6 +96,12 @@ def load(pid: int, memory: Path, changes: Path) -> None:
             os.close(target)
 
 
+def check(memory: Path, changes: Path) -> None:
+    """What `load` would find out, of a machine that maps all of `memory` only later. Raises CorruptSnapshot, OSError."""
+    with changes.open("rb", buffering=0) as file:
+        read_index(file.fileno(), memory.stat().st_size)
+
+
 def read_index(fd: int, memory_bytes: int) -> list[tuple[int, int, bool]]:
     """The runs of a file of changes, checked against the size of the memory. Raises CorruptSnapshot."""
     head = os.pread(fd, HEADER.size, 0)
