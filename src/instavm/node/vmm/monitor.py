@@ -14,7 +14,7 @@ from qemu.qmp.error import QMPError
 
 from instavm.errors import BootFailed, HostNotReady
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 
 
 class Monitor:
