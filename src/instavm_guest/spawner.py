@@ -147,6 +147,10 @@ def _handle(line: socket.socket, ask: Message, fds: list[int], children: dict[in
     pid = os.fork()
     if pid == 0:
         _become(ask, fds)
+    try:
+        os.write(fds[0], b"%d" % pid)  # as it does itself: whoever is told of it can kill all that is in its group
+    except OSError:
+        pass  # it has ended already
     for fd in fds:
         os.close(fd)
     children[pid] = ask["id"]

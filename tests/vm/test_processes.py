@@ -115,6 +115,13 @@ async def test_a_signal_reaches_the_group_and_a_kill_everything(sandbox):
     assert ((await read(sandbox, other)).state.ended.exit_code, other.pid > 0) == (137, True)
 
 
+async def test_a_kill_right_after_the_start_is_not_lost(sandbox):
+    for _ in range(10):
+        process = await bash(sandbox, "sleep 2005")
+        await sandbox.node.signal_process(sandbox.vm_id, process.id, signal.SIGKILL)
+        assert (await read(sandbox, process)).state.ended.exit_code == 137
+
+
 async def test_endless_output_keeps_its_latest_part_and_counts_what_is_lost(sandbox):
     """Nobody reads it: it costs the host nothing, and the agent a bounded part of its memory."""
     process = await bash(sandbox, "head -c 20000000 /dev/zero | tr '\\0' x; echo the end")
