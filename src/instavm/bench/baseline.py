@@ -19,7 +19,7 @@ from typing import Final
 import anyio
 
 from instavm.bench import report
-from instavm.bench.host import server, tell_probe
+from instavm.bench.host import MEMORY_OVERCOMMIT, server, tell_probe
 from instavm.bench.interactive import PAUSE_S, first_result
 from instavm.bench.timing import FLOOR, floor_ms
 from instavm.node import identity
@@ -42,7 +42,7 @@ FIRST: Final = Command("print(6 * 7)", "python", 60)
 
 def measure(count: int, vcpus: int, memory_mib: int) -> report.Results:
     """Raises: as what is compared does."""
-    with server() as settings:
+    with server(memory_overcommit=MEMORY_OVERCOMMIT) as settings:
         return anyio.run(_measure, count, vcpus, memory_mib, settings)
 
 
@@ -55,7 +55,7 @@ async def _measure(count: int, vcpus: int, memory_mib: int, settings: Settings) 
             await anyio.sleep(PAUSE_S)
             times[OURS].append(await anyio.to_thread.run_sync(first_result, vcpus, memory_mib))
             times[RESTORED].append(await other.restored())
-            if number * min(count, BOOTS) % count < BOOTS:
+            if boots_in(number, count):
                 times[BOOTED].append(await other.booted())
             times[FLOOR].append(await anyio.to_thread.run_sync(floor_ms))
     results: dict[str, Mapping[str, float]] = {
@@ -67,6 +67,11 @@ async def _measure(count: int, vcpus: int, memory_mib: int, settings: Settings) 
         "plain_restore_times": round(results[RESTORED]["p50_ms"] / ours, 1),
     }
     return results
+
+
+def boots_in(number: int, count: int) -> bool:
+    """Whether this round of `count` is one of those that boot, too."""
+    return number * min(count, BOOTS) % count < BOOTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ async def _measure(count: int, vcpus: int, memory_mib: int, settings: Settings) 
         for number in range(count):
             for name, one in machines.items():
                 times[f"{name}: restored, to the first result"].append(await one.restored())
-                if number * min(count, baseline.BOOTS) % count < baseline.BOOTS:
+                if baseline.boots_in(number, count):
                     times[f"{name}: cold boot, to the first result"].append(await one.booted())
     return {name: report.spread(values) for name, values in sorted(times.items())}
 
@@ -52,6 +52,7 @@ async def _that_work(settings: Settings) -> list[str]:
     """Those on which a guest boots."""
     if choose.closed() is None:
         guest = await anyio.to_thread.run_sync(ImageStore(settings.cache_dir, settings.disk_gib).ensure_guest)
-        if found := [one.driver for one in await choose.probe(settings, guest) if one.works]:
-            return found
+        found = choose.recorded(settings) or await choose.probe(settings, guest)
+        if works := [one.driver for one in found if one.works]:
+            return works
     return ["qemu-tcg"]

@@ -19,15 +19,9 @@ def took_ms(work: Callable[[], object]) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-def repeated_ms(
-    count: int, work: Callable[[], object], *, uncounted: int = UNCOUNTED, apart_s: float = 0.0
-) -> list[float]:
-    """`count` times in ms, after `uncounted` others; `apart_s` seconds of quiet before each."""
-    times = []
-    for _ in range(uncounted + count):
-        time.sleep(apart_s)
-        times.append(took_ms(work))
-    return times[uncounted:]
+def repeated_ms(count: int, work: Callable[[], object], *, uncounted: int = UNCOUNTED) -> list[float]:
+    """`count` times in ms, after `uncounted` others."""
+    return [took_ms(work) for _ in range(uncounted + count)][uncounted:]
 
 
 def floor_ms() -> float:
