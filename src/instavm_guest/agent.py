@@ -130,8 +130,10 @@ class Agent:
             self._interpreter.identify(message["env"])
             self._env.update(message["env"])
             self._identified = True
-            self.answer(request, {})
+            self.answer(request, {"time_ns": time.time_ns()})
             self._interpreter.end_rehearsal()
+        elif kind == frames.CLOCK:
+            world.set_clock(message["time_ns"])
         elif kind == frames.CONFIGURE:
             self._env.update(message["env"])
             self._cwd = message["cwd"]

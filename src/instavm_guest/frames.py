@@ -32,6 +32,7 @@ STAGE_ENV = 6  # variables for everything that starts from now on
 FREEZE = 8  # let nobody write to the disk; ends by itself after seconds
 THAW = 9
 PROCESS = 10  # something about a process that runs in the background
+CLOCK = 11  # what time it is; never answered
 # about files; their kinds lie above all others, so that one comparison tells them apart
 PUT = 32
 GET = 33
@@ -51,7 +52,7 @@ TAKEN = 49  # so many bytes of DATA have left the agent's memory
 
 FROM_HOST = frozenset(
     {
-        *(CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PROCESS),
+        *(CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PROCESS, CLOCK),
         *(PUT, GET, DATA, COMMIT, CREDIT),
     }
 )

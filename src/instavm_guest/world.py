@@ -74,7 +74,7 @@ class Identity:
         entropy = bytes.fromhex(message["entropy"])
         if len(entropy) < 32:
             raise ValueError("at least 32 bytes of entropy are needed")
-        time.clock_settime_ns(time.CLOCK_REALTIME, message["time_ns"])
+        set_clock(message["time_ns"])
         kernel.reseed(self._random, entropy)
         if self._wire is not None:
             kernel.set_mac(self._wire, os.path.basename(WIRE), bytes.fromhex(message["mac"]))
@@ -91,6 +91,11 @@ class Identity:
         if len(data) != self._lengths[name]:
             os.ftruncate(self._files[name], len(data))
             self._lengths[name] = len(data)
+
+
+def set_clock(time_ns: int) -> None:
+    """Raises OSError, TypeError."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
 
 
 class Cgroup:
