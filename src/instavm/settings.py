@@ -95,6 +95,10 @@ class Settings(Places):
     probe_timeout_s: float = Field(8.0, gt=0)
     """That deadline. Hardware virtualisation needs well under a second; what takes longer is not what a sandbox should run on."""
 
+    huge_pages: Literal["on", "off"] = "off"
+    """`on`: guest memory in pages of 2 MiB out of the kernel's pool (`vm.nr_hugepages`), of which each sandbox reserves as many
+    as its memory has (sizes of an odd number of MiB stay with small ones). QEMU only: Firecracker is not considered."""
+
     jail: Literal["on", "off"] = "on"
     """`off`: VMMs and the API run as the server's own user with all its rights. Only for a host that can't do better."""
     jail_uid_first: int = Field(1_950_000_000, ge=1000, lt=1 << 31)

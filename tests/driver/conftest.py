@@ -8,6 +8,8 @@ import pytest
 
 from instavm.node.images.store import ImageStore
 from instavm.node.jail.jail import Jails
+from instavm.node.layers import overlay
+from instavm.node.machines import make_home
 from instavm.node.templates import Templates
 from instavm.node.vmm import firecracker, qemu
 from instavm.node.vmm.firecracker import FirecrackerDriver
@@ -68,3 +70,23 @@ async def template(settings, driver, guest, image):
     templates = Templates(settings, driver, guest)
     template, _ = await templates.get(image, 2, 512)
     return template
+
+
+@pytest.fixture
+def homes(short_folder, template, furnish):
+    """Folders for machines: the first on an empty overlay, the others on what they are told."""
+    made = []
+
+    def make(backing=None):
+        home = short_folder / f"home-{len(made)}"
+        make_home(
+            home,
+            template,
+            furnish if backing is None else lambda home: overlay(template.blank, backing, home / "disk.qcow2"),
+        )
+        made.append(home)
+        return home
+
+    yield make
+    for home in made:
+        shutil.rmtree(home)

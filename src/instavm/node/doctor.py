@@ -15,6 +15,7 @@ from instavm.node.jail import jail
 from instavm.node.machines import FREE_BYTES_MIN
 from instavm.node.network import space
 from instavm.node.vmm import choose, firecracker, qemu
+from instavm.node.vmm.memory import huge
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}
@@ -42,6 +43,9 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _folder("cache directory", settings.cache_dir, "INSTAVM_CACHE_DIR")
     yield _image(settings)
     yield Check("memory", memory.total_mib() >= 1024, f"{memory.total_mib()} MiB", "at least 1 GiB of memory")
+    if settings.huge_pages == "on":
+        there, free = huge("nr"), huge("free")
+        yield Check("huge pages", there > 0, f"{there} of 2 MiB, {free} free", "sysctl vm.nr_hugepages=1024, as an example")
 
 
 def _qemu() -> Check:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -41,18 +41,27 @@ class Finding:
 
 async def choose(settings: Settings, jails: Jails) -> tuple[Driver, str]:
     """The driver, and in words how it was chosen. Raises HostNotReady."""
+    huge = settings.huge_pages == "on"
+
+    def on_qemu(acceleration: str) -> Driver:
+        return QemuDriver(acceleration, jails, huge_pages=huge)
+
     if settings.driver == "firecracker":
+        if huge:
+            raise HostNotReady(
+                "Firecracker can't map a template with huge pages: set INSTAVM_HUGE_PAGES=off, or INSTAVM_DRIVER=qemu"
+            )
         return FirecrackerDriver(settings, jails), "driver=firecracker was set"
     if settings.acceleration != "auto":
-        return QemuDriver(settings.acceleration, jails), f"acceleration={settings.acceleration} was set"
+        return on_qemu(settings.acceleration), f"acceleration={settings.acceleration} was set"
     if (refused := closed()) is not None:
-        return QemuDriver("tcg", jails), refused
+        return on_qemu("tcg"), refused
     found = await _remembered(settings)
     for one in found:
         if one.works:
-            driver = FirecrackerDriver(settings, jails) if one.driver == "firecracker" else QemuDriver("kvm", jails)
+            driver = FirecrackerDriver(settings, jails) if one.driver == "firecracker" else on_qemu("kvm")
             return driver, f"{one.words} in {one.seconds:.1f} s"
-    return QemuDriver("tcg", jails), "; ".join(one.words for one in found)
+    return on_qemu("tcg"), "; ".join(one.words for one in found)
 
 
 def closed() -> str | None:
@@ -88,7 +97,7 @@ async def _remembered(settings: Settings) -> tuple[Finding, ...]:
 async def probe(settings: Settings, guest: GuestBase) -> tuple[Finding, ...]:
     """Boot a guest on every driver that needs KVM and may be used. Raises HostNotReady: there is no QEMU either."""
     found = []
-    if settings.driver == "auto" and _version(lambda: firecracker.installed_version(settings)) is not None:
+    if _firecracker_version(settings) is not None:
         with tempfile.TemporaryDirectory() as folder:
             found.append(await boots("firecracker", _firecracker(settings, guest, Path(folder)), settings))
     found.append(await boots("qemu-kvm", qemu_command(guest, "kvm"), settings))
@@ -154,12 +163,14 @@ def _firecracker(settings: Settings, guest: GuestBase, folder: Path) -> list[str
 def _about(settings: Settings) -> str:
     """What an answer holds for: this kernel since this boot, and these VMMs. Raises HostNotReady."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    ours = _version(lambda: firecracker.installed_version(settings)) if settings.driver == "auto" else None
-    return f"{platform.release()} {boot} qemu {qemu.installed_version()} firecracker {ours}"
+    return f"{platform.release()} {boot} qemu {qemu.installed_version()} firecracker {_firecracker_version(settings)}"
 
 
-def _version(ask: Callable[[], str]) -> str | None:
+def _firecracker_version(settings: Settings) -> str | None:
+    """Of the one that may be chosen; None: there is none, or it is not to be."""
+    if settings.driver != "auto" or settings.huge_pages == "on":
+        return None
     try:
-        return ask()
+        return firecracker.installed_version(settings)
     except HostNotReady:
         return None

@@ -217,10 +217,10 @@ class QemuMachine(OneProcess):
 class QemuDriver:
     name = "qemu"
 
-    def __init__(self, acceleration: str, jails: Jails) -> None:
+    def __init__(self, acceleration: str, jails: Jails, *, huge_pages: bool = False) -> None:
         self._acceleration = acceleration
         self._jails = jails
-        self._memories = Memories()
+        self._memories = Memories(huge_pages=huge_pages)
         self.tier = Tier.KVM if acceleration == "kvm" else Tier.EMULATED
         self._version: str | None = None
 
