@@ -35,7 +35,7 @@ from instavm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTER = Path(__file__).with_name("outer")
-BUILDER = 5
+BUILDER = 6
 """Raise it when the code below makes something else of the same parts."""
 EMULATOR, RELEASE = "11.1", "trixie"
 """Of the outer machine, and the Debian whose backports have it. Older ones hung or failed more often: docs/kvm.md."""
@@ -182,7 +182,7 @@ class Rig:
             for program in _firecracker(work):
                 shutil.copy(program, tree / "rig/bin" / program.name)
                 (tree / "rig/bin" / program.name).chmod(0o755)
-            shutil.copytree(site, tree / "rig/packages", ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
+            _environment(tree / "rig/venv", site)
             for place in ("job", "images", "scratch"):
                 (tree / place).mkdir()
             for place in ("usr/share/doc", "usr/share/man", "var/lib/apt/lists", "var/cache/apt"):
@@ -459,6 +459,18 @@ def _firecracker(work):
                 raise RigFailed(f"{name} in {FIRECRACKER} is not what it was")
             (into / name).write_bytes(body)
             yield into / name
+
+
+def _environment(home, site):
+    """A virtual environment as the one that this runs in, with the job's copy of the project installed in it."""
+    packages = home / site.relative_to(sys.prefix)
+    shutil.copytree(site, packages, ignore=shutil.ignore_patterns(*LEFT_OUT), symlinks=True)
+    (packages / "instavm.pth").write_text("/job/src\n")
+    (home / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    (home / "bin").mkdir()
+    (home / "bin/python3").symlink_to("/usr/bin/python3")
+    (home / "bin/instavm").write_text("#!/rig/venv/bin/python3\nimport sys\nfrom instavm.cli import main\nsys.exit(main())\n")
+    (home / "bin/instavm").chmod(0o755)
 
 
 def _tidy(work: Workshop):

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-PACKAGES = "/rig/packages"
 WARM = (
     *(
         "pytest",
@@ -76,18 +75,15 @@ def carry_out(line, job):
         Path("/scratch/cache").mkdir(exist_ok=True)
         Path(f"/scratch/cache/{name}").symlink_to(there)
     environment = {
-        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "PATH": "/rig/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
         "LANG": "C.UTF-8",
-        "PYTHONPATH": f"/job/src:{PACKAGES}",
         "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": "/scratch",
         "INSTAVM_CACHE_DIR": "/scratch/cache",
         "INSTAVM_FIRECRACKER": "/rig/bin/firecracker",
         **job["env"],
     }
-    # for programs that are given an environment of their own
-    Path("/usr/lib/python3/dist-packages/rig.pth").write_text(f"/job/src\n{PACKAGES}\n")
     # a fork of this process, which has imported already what is the same in every job
     reading, writing = os.pipe()
     child = os.fork()
@@ -125,7 +121,6 @@ def carry_out(line, job):
 
 
 def main():
-    sys.path.append(PACKAGES)
     for name in WARM:
         try:
             importlib.import_module(name)
