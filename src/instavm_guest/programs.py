@@ -9,6 +9,7 @@ import socket
 import termios
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from instavm_guest import frames
@@ -122,6 +123,10 @@ class Run:
         for output in self.outputs:
             output.request = request
 
+    def started(self, _pid: int) -> None:
+        if self.reason is not None:  # its end was asked for when there was nothing in its group yet
+            self.cgroup.kill()
+
     def end(self, reason: str) -> None:
         self.deadline = None
         self.reason = reason
@@ -206,7 +211,8 @@ class Programs:
         fds = [null, *(output.write_end for output in run.outputs), *script]
         self._runs[request] = run
         try:
-            self.spawn(programs, env, cwd, run.cgroup, fds, lambda report: self._ended(run, report))
+            ended = partial(self._ended, run)
+            self.spawn(programs, env, cwd, run.cgroup, fds, ended, on_start=run.started)
         finally:
             for fd in (null, *script):
                 os.close(fd)

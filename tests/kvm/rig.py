@@ -96,7 +96,7 @@ CONSOLE_CHARS = 20_000
 """A kernel that dies says first of what, and then for long where."""
 APPEND = "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check"
 
-SLOW = {"INSTAVM_RESTORE_TIMEOUT_S": "120", "INSTAVM_PROBE_TIMEOUT_S": "120"}
+SLOW = {"INSTAVM_RESTORE_TIMEOUT_S": "120", "INSTAVM_PROBE_TIMEOUT_S": "120", "INSTAVM_TEST_PATIENCE": "5"}
 """Settings for a host on which everything takes twenty times as long."""
 
 

@@ -1,8 +1,10 @@
-"""Everything that the rig can show, and the table of docs/kvm.md made of it.
+"""Everything that the rig can show, and the tables of docs/kvm.md made of it.
 
-The same tests on each row: natively where the row needs no hardware virtualisation, else in a rig, each in one of its own.
+The same tests on each row: natively where the row needs no hardware virtualisation, else in a rig, each in one of its own. And
+with `--bench`, in place of the tests, its VMMs measured beside each other.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -14,10 +16,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rig import ROOT, Rig, RigFailed
+from rig import ROOT, SLOW, Rig, RigFailed
+
+from instavm.bench import report
 
 PAGE = ROOT / "docs" / "kvm.md"
 BEGIN, END = "<!-- results: made by ./scripts/kvm --write -->\n", "<!-- end of results -->\n"
+BENCH_BEGIN, BENCH_END = "<!-- figures: made by ./scripts/kvm --bench --write -->\n", "<!-- end of figures -->\n"
+FIGURES = ROOT / "bench" / "results" / "kvm.json"
+ROUNDS = 3
+NOTE = "nested, emulated; for relation only"
 TESTS = (
     "tests/driver",
     "tests/vm/test_clones.py::test_eight_clones_share_nothing_that_makes_a_machine_unique",
@@ -104,9 +112,38 @@ def table(found):
     return f"{about}\n" + "\n".join(rows) + "\n"
 
 
+def put(begin, end, text):
+    """Into the page, between these two, when it is to be written."""
+    if "--write" in sys.argv:
+        before, _, rest = PAGE.read_text().partition(begin)
+        PAGE.write_text(before + begin + text + end + rest.partition(end)[2])
+
+
+def measure(rig):
+    """The bench of drivers. Raises RigFailed."""
+    kept = "/scratch/kvm.json"
+    command = ["instavm", "bench", "drivers", "--count", ROUNDS, "--json", kept]
+    env = {**SLOW, "INSTAVM_BOOT_TIMEOUT_S": str(DEADLINE_S)}
+    done = rig.run(command, deadline_s=DEADLINE_S, env=env, files=[kept], output=Told("bench"))
+    if done.status:
+        raise RigFailed(f"the bench ended with status {done.status}")
+    told = json.loads(done.files[kept])
+    facts = {**told["machine"], "note": NOTE}
+    put(BENCH_BEGIN, BENCH_END, report.markdown(facts, told["results"]))
+    if "--write" in sys.argv:
+        report.save(FIGURES, facts, told["results"])
+
+
 def main():
     rig = Rig()
     rig.prepare()
+    if "--bench" in sys.argv:
+        measure(rig)
+    else:
+        test(rig)
+
+
+def test(rig):
     found = {row: {} for row in ROWS}
 
     def run(row):
@@ -125,9 +162,7 @@ def main():
     run(NATIVE)
     made = table(found)
     print(made)
-    if "--write" in sys.argv:
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        PAGE.write_text(before + BEGIN + made + END + rest.partition(END)[2])
+    put(BEGIN, END, made)
     every = [outcome for row in found.values() for outcome, _ in row.values()]
     bad = [outcome for outcome in every if outcome not in ("passed", "skipped")]
     print(f"{every.count('passed')} passed, {len(bad)} failed, {every.count('skipped')} skipped")

@@ -8,7 +8,9 @@ import psutil
 import pytest
 
 from instavm.errors import OutcomeUnknown, SessionEnded
+from instavm.node.agent import Request
 from instavm.sandbox import EndReason
+from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
 
@@ -98,3 +100,14 @@ async def test_a_sandbox_that_is_given_nothing_to_do_does_nothing(start):
     before = sum(process.cpu_times()[:2])
     await anyio.sleep(3)
     assert sum(process.cpu_times()[:2]) - before < 1.0
+
+
+async def test_a_program_whose_end_is_asked_for_before_it_began_does_not_live_on(sandbox):
+    agent = sandbox.node._live[sandbox.vm_id].prepared.agent
+    message = {"code": "sleep 2006", "language": "bash", "timeout_ms": 60_000, "env": {}}
+    for _ in range(10):
+        async with agent.exchange(Request(None)) as number:  # the block's end cancels it
+            await agent.send(frames.EXECUTE, number, frames.json_payload(message))
+    with anyio.fail_after(20):
+        while (await sandbox.bash("pgrep -fx 'sleep 2006' | wc -l")).stdout != "0\n":
+            continue

@@ -13,6 +13,8 @@ import pytest
 from instavm.node import inventory
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = float(os.environ.get("INSTAVM_TEST_PATIENCE", "1"))
+"""How many times as long programs may take as on a host of today: more where even the host is emulated."""
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +29,12 @@ def user(settings, short_folder):
         return  # only some of these tests were run
     server = psutil.Process(int((state / "server.lock").read_text()))
     server.send_signal(signal.SIGTERM)
-    server.wait(60)
+    server.wait(60 * PATIENCE)
     assert inventory.take(state) == inventory.Inventory(frozenset(), frozenset())
 
 
 def run(user, *command, **more):
-    return subprocess.run(command, env=user, cwd=ROOT, capture_output=True, text=True, timeout=280, **more)
+    return subprocess.run(command, env=user, cwd=ROOT, capture_output=True, text=True, timeout=280 * PATIENCE, **more)
 
 
 def instavm(user, *arguments, **more):

@@ -82,6 +82,7 @@ class Plain:
     spec: MachineSpec
     image: Image
     folder: Path
+    boot_timeout_s: float
 
     @property
     def kept(self) -> Saved:
@@ -128,7 +129,7 @@ class Plain:
         machine = await self.driver.boot(saved, disk, home)
         try:
             async with connected(await machine.dial()) as agent:
-                await agent.hello(120)
+                await agent.hello(self.boot_timeout_s)
                 await agent.configure(dict(self.image.env), self.image.workdir)
                 yield machine, agent
         finally:
@@ -152,7 +153,7 @@ async def plain(settings: Settings, vcpus: int, memory_mib: int) -> AsyncIterato
                 guest = await anyio.to_thread.run_sync(images.ensure_guest)
                 image = await anyio.to_thread.run_sync(images.ensure_default)
                 spec = MachineSpec(guest.kernel, guest.initrd, guest.system, vcpus, memory_mib)
-                yield Plain(driver, spec, image, Path(folder))
+                yield Plain(driver, spec, image, Path(folder), settings.boot_timeout_s)
             finally:
                 driver.close()
 

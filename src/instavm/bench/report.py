@@ -59,7 +59,8 @@ def spread(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
 
 
 def headline(facts: Mapping[str, Any]) -> str:
-    return f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}, {facts['at']}"
+    note = f"; {facts['note']}" if "note" in facts else ""
+    return f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}, {facts['at']}{note}"
 
 
 def table(facts: Mapping[str, Any], results: Results) -> str:
