@@ -16,32 +16,27 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from instavm.errors import (
-    BootFailed,
-    CorruptSnapshot,
-    CorruptTemplate,
     HostNotReady,
     InstaVMError,
     IsolationTooWeak,
     NoCapacity,
     SessionEnded,
 )
-from instavm.node import disks, files, identity, inventory, isolation, memory, processes, shares
+from instavm.node import disks, files, inventory, isolation, memory, processes, shares
 from instavm.node.agent import Agent
-from instavm.node.images import oci, rootfs
-from instavm.node.images.store import Image, ImageStore
+from instavm.node.images import oci
+from instavm.node.images.store import ImageStore
 from instavm.node.jail.jail import Jails
 from instavm.node.layers import DEEP, Layers, held
-from instavm.node.live import Sandbox, Steps, told
-from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
+from instavm.node.live import Sandbox, told
+from instavm.node.machines import Machines, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
 from instavm.node.registries import ask as ask_registries
-from instavm.node.registries import to_json
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
-from instavm.node.tally import Tally
+from instavm.node.starts import Starts
 from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
-from instavm.node.turns import Turns
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
@@ -103,17 +98,15 @@ class Runtime:
         self._layers = layers
         self._snapshots = Snapshots(settings.state_dir, layers)
         self._saving = Saving(driver, layers, self._snapshots)
+        self._starts = Starts(settings, driver, images, templates, machines, networks, self._snapshots, self._saving)
         self._tasks = tasks
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
         self._leaving = False
         self.last_pause_ms = 0.0
         """How long the source of the latest fork stood still."""
-        self._tally = Tally()
-        self._turns = Turns(max(2, os.cpu_count() or 1))
         self._egress_logs: OrderedDict[str, EgressLog] = OrderedDict()
         """Of sandboxes that have ended, until they are asked for."""
-        self._found: dict[str, Image] = {}
         self._pulling: dict[str, anyio.Lock] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
 
@@ -229,7 +222,7 @@ class Runtime:
         return await self._stored(name, pause_ms)
 
     async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
-        await self._templates.get(await self._image(name), vcpus, memory_mib)
+        await self._templates.get(await self._starts.image(name), vcpus, memory_mib)
 
     async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
         with self._snapshots.making(name) as folder, self._snapshots.making(f"{name}-pull") as work:
@@ -258,7 +251,7 @@ class Runtime:
 
     async def _changed(self, name: str) -> None:
         """What was known of that snapshot is known no more."""
-        self._found.pop(name, None)
+        self._starts.forget(name)
         for key in self._templates.forget(name):
             await self._machines.drop(key)
 
@@ -338,7 +331,7 @@ class Runtime:
             await sandbox.agent.stage_env(dict(env))
 
     async def set_egress(self, vm_id: str, egress: Egress) -> None:
-        await self._open(self._usable(vm_id).prepared, egress)
+        await self._starts.open(self._usable(vm_id).prepared, egress)
 
     async def ask_registries(self, vm_id: str) -> None:
         sandbox = self._usable(vm_id)
@@ -359,16 +352,6 @@ class Runtime:
             self._egress_logs[sandbox.vm_id] = await sandbox.prepared.network.log()
             if len(self._egress_logs) > LAST_LOGS:
                 self._egress_logs.popitem(last=False)
-
-    async def _open(self, prepared: Prepared, egress: Egress) -> None:
-        """Raises HostNotReady."""
-        if prepared.network is not None:
-            await prepared.network.put(egress, prepared.registries)
-        elif egress.opens:
-            raise HostNotReady(
-                f"this host cannot give sandboxes a network, so only a policy that allows nothing can be set:"
-                f" {self._networks.refusal or 'this sandbox was started without one'}"
-            )
 
     def memory(self) -> HostMemory:
         return memory.now()
@@ -405,7 +388,7 @@ class Runtime:
         self._on_end = callback
 
     async def metrics(self) -> NodeMetrics:
-        return self._tally.now(self._machines, len(self._live))
+        return self._starts.tally.now(self._machines, len(self._live))
 
     async def info(self) -> NodeInfo:
         image = await anyio.to_thread.run_sync(self._images.find, "default")
@@ -419,68 +402,11 @@ class Runtime:
 
     async def _life(self, spec: SandboxSpec, copy: Copy | None, *, task_status: TaskStatus[Started]) -> None:
         """One sandbox from its first breath to its last. What fails before it is ready is raised to who asked for it."""
-        with self._tally.failures():
-            prepared, started = await self._brought_up(spec, copy)
+        with self._starts.tally.failures():
+            prepared, started = await self._starts.bring_up(spec, copy)
         sandbox = Sandbox(spec.vm_id, prepared)
         self._keep_flat(sandbox)
         await self._live_out(sandbox, started, task_status=task_status)
-
-    async def _brought_up(self, spec: SandboxSpec, copy: Copy | None) -> tuple[Prepared, Started]:
-        """A machine that is ready for its user, with a note beside it that says whose it is."""
-        steps = Steps()
-        template, copy, cold = await self._origin(spec, copy, steps)
-        async with self._turns.one():
-            steps.mark("turn")
-            prepared = await self._begun(spec, template, copy, steps)
-        try:
-            with self._boot_errors(spec):
-                if spec.egress.opens:
-                    await self._open(prepared, spec.egress)
-                    steps.mark("egress")
-            started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
-            self._tally.started(prepared.stage, steps.ms, cold=cold)
-            prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, to_json(prepared.registries)))
-        except BaseException:
-            await prepared.aclose()
-            raise
-        return prepared, started
-
-    async def _origin(self, spec: SandboxSpec, copy: Copy | None, steps: Steps) -> tuple[Template, Copy | None, bool]:
-        """Its template; what it goes on from, if it goes on where another sandbox was; whether the template had to be booted."""
-        if copy is None and spec.resumes is None:
-            template, cold = await self._templates.get(await self._image(spec.image), spec.vcpus, spec.memory_mib)
-            steps.mark("template")
-            return template, None, cold
-        if copy is not None:
-            return await self._templates.by_key(copy.template), copy, False
-        assert spec.resumes is not None
-        about = await anyio.to_thread.run_sync(self._snapshots.read, spec.resumes)
-        try:
-            template = await self._templates.by_key(about.template)
-        except CorruptTemplate as exc:
-            raise CorruptSnapshot(f"{spec.resumes} can't be resumed: {exc}") from exc
-        copy = await self._saving.find(spec.resumes, template)
-        steps.mark("checks")
-        return template, copy, False
-
-    async def _begun(self, spec: SandboxSpec, template: Template, copy: Copy | None, steps: Steps) -> Prepared:
-        """A machine that runs and is somebody."""
-        if copy is None:
-            prepared = await self._machines.take(template)
-        else:
-            prepared = await self._machines.restore(template, copy.saved, copy.disk, copy.owner)
-        try:
-            steps.mark(prepared.stage)
-            with self._boot_errors(spec):
-                await prepared.run()
-                steps.mark("restore")
-                with anyio.fail_after(self._settings.restore_timeout_s):
-                    await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
-                steps.mark("identity")
-        except BaseException:
-            await prepared.aclose()
-            raise
-        return prepared
 
     async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
         """From being ready to being gone."""
@@ -559,40 +485,6 @@ class Runtime:
             tasks.start_soon(deserted)
             await sandbox.stop.wait()
             tasks.cancel_scope.cancel()
-
-    async def _image(self, name: str) -> Image:
-        if (known := self._found.get(name)) is not None:
-            return known
-        if name != rootfs.DEFAULT:
-            await self._stands(name)
-            self._found[name] = image = await anyio.to_thread.run_sync(self._snapshots.image, name)
-            return image
-        found = await anyio.to_thread.run_sync(self._images.find, name)
-        if found is None:
-            raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
-        self._found[name] = found
-        return found
-
-    async def _stands(self, name: str) -> None:
-        """Whether a disk snapshot still has below it what it was written on. Raises SnapshotError, CorruptSnapshot."""
-        about = await anyio.to_thread.run_sync(self._snapshots.read, name)
-        if about.template:
-            try:
-                await self._templates.by_key(about.template)
-            except CorruptTemplate as exc:
-                raise CorruptSnapshot(f"snapshot {name} can't be used: {exc}") from exc
-
-    @contextmanager
-    def _boot_errors(self, spec: SandboxSpec) -> Iterator[None]:
-        try:
-            yield
-        except TimeoutError as exc:
-            limit = self._settings.restore_timeout_s
-            raise BootFailed(f"sandbox {spec.vm_id} did not answer within {limit:.0f} s of its restore") from exc
-        except BootFailed:
-            raise
-        except InstaVMError as exc:
-            raise BootFailed(f"sandbox {spec.vm_id} did not come up: {exc}") from exc
 
 
 @contextmanager
