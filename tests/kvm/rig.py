@@ -314,25 +314,52 @@ class Rig:
         }
         return self.run([*how, *arguments], deadline_s=deadline_s, env=env, output=output, **more)
 
-    def run(self, argv, *, deadline_s, env=None, files=(), output=lambda text: None):
-        """Run a program of the project in the machine; once more when the rig itself fails. Raises RigFailed."""
+    def templates(self, row, env, sizes, *, deadline_s, output=lambda text: None):
+        """A scratch disk on which the templates of these sizes lie, for jobs with the same settings: they need not boot them.
+
+        Raises RigFailed.
+        """
+        parts = {"saved": self._saved().name, "guest": self._store.ensure_guest().system.parent.name, "env": env}
+
+        def make(work):
+            argv = ["python3", "/job/tests/kvm/templates.py", *sizes]
+            done = self.run(argv, deadline_s=deadline_s, env=env, output=output, keep=work.folder / "scratch")
+            if done.status:
+                raise RigFailed(f"no templates: {done.output[-2000:]}")
+
+        shelf = Shelf(self._folder / f"templates-{row}")
+        key = recipes.key({**parts, "sizes": sizes, "builder": BUILDER})
+        found = shelf.ensure(key, make, needs_bytes=4 << 30, progress=self._progress) / "scratch"
+        shelf.touch(key)
+        shelf.prune(1, 3600)
+        return found
+
+    def run(self, argv, *, deadline_s, output=lambda text: None, **more):
+        """Run a program of the project in the machine; once more when the rig itself fails.
+
+        env: variables; files: whose content is wanted back; scratch: a disk to begin with; keep: where to leave it.
+        Raises RigFailed.
+        """
         try:
-            return self._run(argv, deadline_s, env or {}, files, output)
+            return self._run(argv, deadline_s, output, **more)
         except RigFailed as exc:
             output(f"\nthe rig failed: {exc}\nonce more\n")
-            return self._run(argv, deadline_s, env or {}, files, output)
+            return self._run(argv, deadline_s, output, **more)
 
-    def _run(self, argv, deadline_s, env, files, output):
+    def _run(self, argv, deadline_s, output, *, env=None, files=(), scratch=None, keep=None):
         saved, root, images = self._saved(), self._root(), self._images()
         with self._bench() as folder:
-            job, scratch = self._job_disk(folder), folder / "scratch"
-            _sparse(scratch, SCRATCH_GIB << 30)
-            subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", scratch], check=True)
-            command = self._command(root, images, job, scratch, saved / "memory", share=False)
+            job, own = self._job_disk(folder), folder / "scratch"
+            if scratch is None:
+                _sparse(own, SCRATCH_GIB << 30)
+                subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", own], check=True)
+            else:
+                subprocess.run(["cp", "--sparse=always", scratch, own], check=True)
+            command = self._command(root, images, job, own, saved / "memory", share=False)
             with _Outer(folder, [*command, "-incoming", "defer"]) as outer:
                 began = time.monotonic()
                 outer.load(saved / "state")
-                outer.tell(time=time.time(), argv=list(map(str, argv)), env=dict(env), files=list(map(str, files)))
+                outer.tell(time=time.time(), argv=list(map(str, argv)), env=env or {}, files=list(map(str, files)))
                 text = []
 
                 def hear(piece):
@@ -341,7 +368,10 @@ class Rig:
 
                 told = outer.until("status", deadline_s, hear)
                 made = {place: base64.b64decode(data) for place, data in told["files"].items()}
-                return Done(told["status"], "".join(text) + told.get("out", ""), made, time.monotonic() - began)
+                done = Done(told["status"], "".join(text) + told.get("out", ""), made, time.monotonic() - began)
+            if keep is not None:
+                own.rename(keep)
+            return done
 
     @contextlib.contextmanager
     def _bench(self):

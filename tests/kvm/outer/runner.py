@@ -73,7 +73,8 @@ def carry_out(line, job):
     run(["mount", "-o", "noatime", "/dev/vdd", "/scratch"])
     for name, there in {"kernels": "/job/cache/kernels", "guests": "/job/cache/guests", "images": "/images"}.items():
         Path("/scratch/cache").mkdir(exist_ok=True)
-        Path(f"/scratch/cache/{name}").symlink_to(there)
+        with contextlib.suppress(FileExistsError):  # a disk that another job has left
+            Path(f"/scratch/cache/{name}").symlink_to(there)
     environment = {
         "PATH": "/rig/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -117,6 +118,7 @@ def carry_out(line, job):
     for place in job["files"]:
         with contextlib.suppress(OSError):
             files[place] = base64.b64encode(Path(place).read_bytes()).decode()
+    os.sync()
     say(line, status=os.waitstatus_to_exitcode(status), files=files)
 
 
