@@ -134,8 +134,9 @@ class Rig:
 
     def prepare(self):
         """Build and boot whatever is not there yet; some minutes the first time."""
-        self._saved()
-        self._images()
+        for made in (self._saved(), self._root(), self._images().parent, self._emulator().parent):
+            self._shelf.touch(made.name)
+        self._shelf.prune(8, 86_400)
 
     def _emulator(self):
         def make(work):
