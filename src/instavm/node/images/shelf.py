@@ -136,8 +136,11 @@ def _locked(path: Path, progress: Progress) -> Iterator[int]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         deadline = time.monotonic() + LOCK_DEADLINE_S
+        told = False
         while not _try_lock(fd):
-            progress("waiting for another build to finish")
+            if not told:
+                progress("waiting for another build to finish")
+                told = True
             if time.monotonic() > deadline:
                 raise HostNotReady(f"another build has held {path} for {LOCK_DEADLINE_S:.0f} s; is it stuck?")
             time.sleep(_POLL_S)

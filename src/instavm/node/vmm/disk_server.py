@@ -28,7 +28,7 @@ CALLS = ("splice", "tee", "vmsplice")
 
 def arguments(disk: Path, layers: Sequence[Path], given: Sequence[int], monitor: int) -> list[str]:
     return [
-        *("-M", "none", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-M", "none", "-nodefaults", "-no-user-config", "-display", "none", qemu.STOPPED),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-chardev", f"socket,id=qmp,fd={monitor},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         *blocks.added(given),

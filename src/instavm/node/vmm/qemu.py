@@ -28,6 +28,8 @@ from instavm.sandbox import Tier
 
 BINARY = "qemu-system-x86_64"
 OLDEST = (7, 2)
+STOPPED = "-S"
+"""Until it is told to run. One that runs at once says so on its monitor, and may say it ahead of the greeting."""
 TRANSLATION_CACHE_MIB = 64
 CONSOLE_BYTES = 1 << 16
 
@@ -253,8 +255,15 @@ class QemuDriver:
                 *ports(given),
                 *network(saved.spec, tap),
                 *boot_arguments(given, self._acceleration),
+                STOPPED,
             ]
-            return await self._spawn(arguments, saved, given, opened, home, (disk, saved.memory))
+            made = await self._spawn(arguments, saved, given, opened, home, (disk, saved.memory))
+        try:
+            await made.resume()
+        except BaseException:
+            await made.aclose()
+            raise
+        return made
 
     async def prepare(
         self, saved: Saved, disk: Path, home: Path, *, background: bool, tap: int | None = None
