@@ -67,10 +67,8 @@ def missing(driver, monkeypatch):
 
 @pytest.fixture(scope="session")
 async def template(settings, driver, guest, image):
-    """Of two vCPUs, or as many as the environment says: in the rig, whose processor is one, they would wait for each other."""
     templates = Templates(settings, driver, guest)
-    vcpus, memory_mib = map(int, os.environ.get("INSTAVM_TEST_SIZE", "2x512").split("x"))
-    template, _ = await templates.get(image, vcpus, memory_mib)
+    template, _ = await templates.get(image, 2, 512)
     return template
 
 

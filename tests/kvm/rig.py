@@ -309,7 +309,6 @@ class Rig:
         how = ("pytest", "-v", "-p", "no:cacheprovider", "--rootdir=/job", f"--timeout={deadline_s:.0f}", "--tb=short")
         env = {
             "INSTAVM_TEST_DRIVERS": ",".join(drivers),
-            "INSTAVM_TEST_SIZE": "1x256",
             "INSTAVM_BOOT_TIMEOUT_S": str(deadline_s),
             **SLOW,
             **(env or {}),
