@@ -27,7 +27,8 @@ from instavm.node.vmm.process import OneProcess, VMMProcess
 from instavm.sandbox import Tier
 
 BINARY = "qemu-system-x86_64"
-OLDEST = (7, 2)
+OLDEST, NOT_YET = (7, 2), (11, 0)
+"""From the second one on (seen: 11.1.3) QEMU saves no state to a descriptor of a file, which is all that one in a jail has."""
 STOPPED = "-S"
 """Until it is told to run. One that runs at once says so on its monitor, and may say it ahead of the greeting."""
 TRANSLATION_CACHE_MIB = 64
@@ -366,6 +367,8 @@ def installed_version() -> str:
         raise HostNotReady(f"{BINARY} says it is version {version!r}, which can't be read") from exc
     if number < OLDEST:
         raise HostNotReady(f"QEMU {version} is too old; at least {OLDEST[0]}.{OLDEST[1]} is needed. {HOW_TO_GET}")
+    if number >= NOT_YET:
+        raise HostNotReady(f"QEMU {version} is too new; one before {NOT_YET[0]}.{NOT_YET[1]} is needed. {HOW_TO_GET}")
     return version
 
 
