@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "kvm.md"
 BEGIN, END = "<!-- results: made by ./scripts/kvm --write -->\n", "<!-- end of results -->\n"
 BENCH_BEGIN, BENCH_END = "<!-- figures: made by ./scripts/kvm --bench --write -->\n", "<!-- end of figures -->\n"
 FIGURES = ROOT / "bench" / "results" / "kvm.json"
+PICTURE = ROOT / "docs" / "pictures" / "drivers-nested.svg"
 ROUNDS = 3
 NOTE = "nested, emulated; for relation only"
 TESTS = (
@@ -136,6 +137,7 @@ def measure(rig):
     put(BENCH_BEGIN, BENCH_END, report.markdown(facts, told["results"]))
     if "--write" in sys.argv:
         report.save(FIGURES, facts, told["results"])
+        report.plot(PICTURE, facts, told["results"])
 
 
 def main():

@@ -14,7 +14,7 @@ from instavm.cli.app import run
         ("interactive", {"one after the other", "200 ms apart", "all at once"}),
         ("density", {"private memory of a VMM, idle", "CPU of a sandbox, idle", "answer of each of 2 live sandboxes"}),
         ("baseline", {baseline.OURS, baseline.RESTORED, baseline.BOOTED, baseline.FLOOR}),
-        ("sizes", {"2 vCPUs, 512 MB"}),
+        ("sizes", {"2 vCPUs, 512 MB", "a snapshot with 8 MiB more than the image"}),
         ("start", {start.WHOLE, "  node: identity", f"warm machines, {start.WHOLE}", start.FLOOR}),
         ("execute", {"round trip: python, print(1)", "streamed: print of a line to event", "20 MB of stdout"}),
         ("files", {"upload of 1 MiB", "download of 1 MiB", "2 MiB, a sandbox of 512 MB"}),
@@ -41,6 +41,7 @@ def test_a_bench_keeps_what_it_measured(subject, measured, settings, tmp_path, m
     monkeypatch.setattr("instavm.bench.egress.BULK_MIB", 1)
     monkeypatch.setattr("instavm.bench.sizes.MEMORY_MIB", (512,))
     monkeypatch.setattr("instavm.bench.sizes.VCPUS", (2,))
+    monkeypatch.setattr("instavm.bench.sizes.ADDED_MIB", (8,))
     assert run(["bench", subject, "-n", "2", "--json", str(tmp_path / "out.json"), "--markdown"]) == 0
     kept = json.loads((tmp_path / "out.json").read_text())
     assert measured <= set(kept["results"])
