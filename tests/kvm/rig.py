@@ -339,8 +339,8 @@ class Rig:
         """Run a program of the project in the machine; once more when the rig itself fails.
 
         again: also when the program does. The emulated processor loses an interrupt, or delivers one too early, once in many
-        runs (docs/kvm.md). env: variables; files: whose content is wanted back; scratch: a disk to begin with; keep: where to leave
-        it. Raises RigFailed.
+        runs (docs/kvm.md). env: variables; files: whose content is wanted back; scratch: a disk to begin with; keep: where it is
+        left. Raises RigFailed.
         """
         try:
             done = self._run(argv, deadline_s, output, **more)
