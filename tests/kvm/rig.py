@@ -34,7 +34,7 @@ from instavm.node.images.workshop import Workshop
 from instavm.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTER = Path(__file__).with_name("outer")
+OUTER, TEMPLATES = Path(__file__).with_name("outer"), Path(__file__).with_name("templates.py")
 BUILDER = 6
 """Raise it when the code below makes something else of the same parts."""
 EMULATOR, RELEASE = "11.1", "trixie"
@@ -321,6 +321,7 @@ class Rig:
         Raises RigFailed.
         """
         parts = {"saved": self._saved().name, "guest": self._store.ensure_guest().system.parent.name, "env": env}
+        parts["made_by"] = hashlib.sha256(TEMPLATES.read_bytes()).hexdigest()
 
         def make(work):
             argv = ["python3", "/job/tests/kvm/templates.py", *sizes]
