@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ import pytest
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node import identity
 from instavm.node.agent import connected
-from instavm.node.machines import make_home
 from instavm.node.vmm import choose
 from instavm.sandbox import Command, Tier
 
@@ -21,11 +19,8 @@ HELLO = Command("print('hello')", "python", 60)
 
 
 @pytest.fixture
-def home(short_folder, template, furnish):
-    home = short_folder / "machine"
-    make_home(home, template, furnish)
-    yield home
-    shutil.rmtree(home)
+def home(homes):
+    return homes()
 
 
 @pytest.fixture

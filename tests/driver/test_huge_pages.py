@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from saved import parent_and_child
+from saved import parent_and_child, running
 
 from instavm.errors import HostNotReady, NoCapacity
-from instavm.node import doctor, identity
-from instavm.node.agent import connected
+from instavm.node import doctor
 from instavm.node.vmm import choose, memory
 from instavm.node.vmm.qemu import QemuDriver
 from instavm.sandbox import Command, Tier
@@ -53,19 +52,12 @@ def pages(template):
 
 async def test_a_guest_runs_in_them(huge, pool, settings, template, homes):
     pool(2 * pages(template))  # the template's, and those that a guest may write to
-    home = homes()
-    machine = await huge.prepare(template.saved, home / "disk.qcow2", home, background=False)
-    try:
-        async with connected(await machine.dial()) as agent:
-            await machine.load()
-            await agent.identify(identity.fresh("vm-x", {}))
-            assert (await agent.execute(Command("print(len(bytearray(64 << 20)))", "python", 60))).stdout == f"{64 << 20}\n"
+    async with running(huge, template, homes()) as (machine, agent):
+        assert (await agent.execute(Command("print(len(bytearray(64 << 20)))", "python", 60))).stdout == f"{64 << 20}\n"
         status = Path(f"/proc/{machine.pid}/status").read_text()
         assert int(re.search(r"HugetlbPages:\s+(\d+) kB", status)[1]) >= 64 << 10
         told = {check.name: check for check in doctor.checks(settings.model_copy(update={"huge_pages": "on"}))}
         assert told["huge pages"].ok and told["huge pages"].detail.startswith(f"{memory.huge('nr')} of 2 MiB")
-    finally:
-        await machine.aclose()
 
 
 async def test_parent_and_child_go_on_from_the_same_moment_in_them(huge, pool, template, homes):

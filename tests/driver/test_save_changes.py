@@ -1,11 +1,9 @@
 """A restored machine is saved without copying its memory, and goes on; what was saved goes on elsewhere."""
 
 import pytest
-from saved import parent_and_child, save
+from saved import parent_and_child, running, save
 
 from instavm.errors import BootFailed, CorruptSnapshot
-from instavm.node import identity
-from instavm.node.agent import connected
 from instavm.node.vmm.firecracker import FirecrackerDriver
 from instavm.sandbox import Command
 
@@ -18,36 +16,24 @@ async def test_parent_and_child_go_on_from_the_same_moment(driver, template, hom
 
 async def test_layers_are_merged_while_the_guest_runs(driver, template, homes):
     home = homes()
-    machine = await driver.prepare(template.saved, home / "disk.qcow2", home, background=False)
-    try:
-        async with connected(await machine.dial()) as agent:
-            await machine.load()
-            await agent.identify(identity.fresh("vm-x", {}))
-            await agent.execute(Command("echo one > /app/file; sync", "bash", 60))
-            await save(machine, template, home)
-            if driver.name == FirecrackerDriver.name:
-                with pytest.raises(BootFailed, match="can't be merged while they are used"):
-                    await machine.merge_layers(template.disk)
-                return
-            await machine.merge_layers(template.disk)
-            (home / "disk.qcow2").write_bytes(b"nobody reads this any more")
-            out = (await agent.execute(Command("echo 3 > /proc/sys/vm/drop_caches; cat /app/file", "bash", 60))).stdout
-            assert out == "one\n"
-    finally:
-        await machine.aclose()
+    async with running(driver, template, home) as (machine, agent):
+        await agent.execute(Command("echo one > /app/file; sync", "bash", 60))
+        await save(machine, template, home)
+        if driver.name == FirecrackerDriver.name:
+            with pytest.raises(BootFailed, match="can't be merged while they are used"):
+                await machine.merge_layers(template.disk)
+            return
+        await machine.merge_layers(template.disk)
+        (home / "disk.qcow2").write_bytes(b"nobody reads this any more")
+        out = (await agent.execute(Command("echo 3 > /proc/sys/vm/drop_caches; cat /app/file", "bash", 60))).stdout
+        assert out == "one\n"
 
 
 @pytest.mark.parametrize("harm", ["cut", "magic", "index"])
 async def test_pages_that_can_not_be_those_of_this_machine_are_refused(driver, template, homes, harm):
     home = homes()
-    machine = await driver.prepare(template.saved, home / "disk.qcow2", home, background=False)
-    try:
-        async with connected(await machine.dial()) as agent:
-            await machine.load()
-            await agent.identify(identity.fresh("vm-x", {}))
-            saved = await save(machine, template, home)
-    finally:
-        await machine.aclose()
+    async with running(driver, template, home) as (machine, _):
+        saved = await save(machine, template, home)
     whole = saved.changes.read_bytes()
     harmed = {"cut": whole[:-1], "magic": b"X" + whole[1:], "index": whole[:-24] + b"\xff" * 24}[harm]
     saved.changes.write_bytes(harmed)
