@@ -307,12 +307,7 @@ class Rig:
     def pytest(self, drivers, arguments, *, deadline_s, output=lambda text: None, env=None, **more):
         """Run tests of the project there, for these rows of the driver contract. Raises RigFailed."""
         how = ("pytest", "-v", "-p", "no:cacheprovider", "--rootdir=/job", f"--timeout={deadline_s:.0f}", "--tb=short")
-        env = {
-            "INSTAVM_TEST_DRIVERS": ",".join(drivers),
-            "INSTAVM_BOOT_TIMEOUT_S": str(deadline_s),
-            **SLOW,
-            **(env or {}),
-        }
+        env = {"INSTAVM_TEST_DRIVERS": ",".join(drivers), **(env or {})}
         return self.run([*how, *arguments], deadline_s=deadline_s, env=env, output=output, **more)
 
     def templates(self, row, env, sizes, *, deadline_s, output=lambda text: None):
@@ -356,6 +351,7 @@ class Rig:
 
     def _run(self, argv, deadline_s, output, *, env=None, files=(), scratch=None, keep=None):
         saved, root, images = self._saved(), self._root(), self._images()
+        env = {**SLOW, "INSTAVM_BOOT_TIMEOUT_S": str(deadline_s), **(env or {})}
         with self._bench() as folder:
             job, own = self._job_disk(folder), folder / "scratch"
             if scratch is None:
@@ -367,7 +363,7 @@ class Rig:
             with _Outer(folder, [*command, "-incoming", "defer"]) as outer:
                 began = time.monotonic()
                 outer.load(saved / "state")
-                outer.tell(time=time.time(), argv=list(map(str, argv)), env=env or {}, files=list(map(str, files)))
+                outer.tell(time=time.time(), argv=list(map(str, argv)), env=env, files=list(map(str, files)))
                 text = []
 
                 def hear(piece):

@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rig import ROOT, SLOW, Rig, RigFailed
+from rig import ROOT, Rig, RigFailed
 
 from instavm.bench import report
 
@@ -73,7 +73,7 @@ def in_a_rig(rig, row):
     arguments = [*TESTS, f"--junitxml={REPORT}"]
     driver = env.pop("INSTAVM_TEST_DRIVERS")
     how = {"deadline_s": DEADLINE_S, "output": Told(row)}
-    scratch = rig.templates(row, {**SLOW, **env, "INSTAVM_BOOT_TIMEOUT_S": str(DEADLINE_S)}, SIZES, **how)
+    scratch = rig.templates(row, env, SIZES, **how)
     done = rig.pytest([driver], arguments, env=env, files=[REPORT], scratch=scratch, **how)
     return done.files.get(REPORT, b"<none/>")
 
@@ -128,8 +128,7 @@ def measure(rig):
     """The bench of drivers. Raises RigFailed."""
     kept = "/scratch/kvm.json"
     command = ["instavm", "bench", "drivers", "--count", ROUNDS, "--json", kept]
-    env = {**SLOW, "INSTAVM_BOOT_TIMEOUT_S": str(DEADLINE_S)}
-    done = rig.run(command, deadline_s=DEADLINE_S, env=env, files=[kept], output=Told("bench"))
+    done = rig.run(command, deadline_s=DEADLINE_S, files=[kept], output=Told("bench"))
     if done.status:
         raise RigFailed(f"the bench ended with status {done.status}")
     told = json.loads(done.files[kept])
