@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -159,12 +160,8 @@ def test(rig):
         else:
             found[row] = outcomes(report, ROWS[row]["INSTAVM_TEST_DRIVERS"])
 
-    threads = [threading.Thread(target=run, args=(row,)) for row in ROWS if row != NATIVE]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    run(NATIVE)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a rig keeps one processor busy
+        list(pool.map(run, sorted(ROWS, key=lambda row: row == NATIVE)))
     made = table(found)
     print(made)
     put(BEGIN, END, made)

@@ -161,6 +161,7 @@ async def test_the_kernel_alone_holds_a_policy(node, start, internet):
 
 async def test_the_filter_has_no_rights(node):
     """It parses what hostile guests and servers send."""
+    await node._networks.ready()
     status = Path(f"/proc/{node._networks.filter_pid}/status").read_text()
     told = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
     assert told["Uid"].split() == told["Gid"].split() == ["65534"] * 4 and told["Groups"].split() == []
