@@ -128,10 +128,14 @@ class Agent:
             self._identified = False
             self._identity.take(message)
             self._interpreter.identify(message["env"])
-            self._env.update(message["env"])
-            self._identified = True
-            self.answer(request, {"time_ns": time.time_ns()})
+            self._named(request, message)
             self._interpreter.end_rehearsal()
+        elif kind == frames.ASSIGN:
+            self._require_identity()
+            self._identified = False
+            self._identity.name(message)
+            self._interpreter.stage(message["env"])
+            self._named(request, message)
         elif kind == frames.CLOCK:
             world.set_clock(message["time_ns"])
         elif kind == frames.CONFIGURE:
@@ -167,6 +171,11 @@ class Agent:
             self._interpreter.stage(message["env"])
             self._javascript.stage(message["env"])
             self.answer(request, {})
+
+    def _named(self, request: int, message: Message) -> None:
+        self._env.update(message["env"])
+        self._identified = True
+        self.answer(request, {"time_ns": time.time_ns()})
 
     def _require_identity(self) -> None:
         if not self._identified:

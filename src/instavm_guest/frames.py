@@ -33,6 +33,7 @@ FREEZE = 8  # let nobody write to the disk; ends by itself after seconds
 THAW = 9
 PROCESS = 10  # something about a process that runs in the background
 CLOCK = 11  # what time it is; never answered
+ASSIGN = 12  # some time after IDENTIFY, before anybody's code: whose this is, and what time
 # about files; their kinds lie above all others, so that one comparison tells them apart
 PUT = 32
 GET = 33
@@ -52,7 +53,7 @@ TAKEN = 49  # so many bytes of DATA have left the agent's memory
 
 FROM_HOST = frozenset(
     {
-        *(CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PROCESS, CLOCK),
+        *(CONFIGURE, IDENTIFY, EXECUTE, CANCEL, REST, SYNC, STAGE_ENV, FREEZE, THAW, PROCESS, CLOCK, ASSIGN),
         *(PUT, GET, DATA, COMMIT, CREDIT),
     }
 )

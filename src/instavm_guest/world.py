@@ -74,16 +74,23 @@ class Identity:
         entropy = bytes.fromhex(message["entropy"])
         if len(entropy) < 32:
             raise ValueError("at least 32 bytes of entropy are needed")
-        set_clock(message["time_ns"])
         kernel.reseed(self._random, entropy)
         if self._wire is not None:
             kernel.set_mac(self._wire, os.path.basename(WIRE), bytes.fromhex(message["mac"]))
+        self._write("machine-id", message["machine_id"] + "\n")
+        self._write("boot_id", message["boot_id"] + "\n")
+        self.name(message)
+
+    def name(self, message: Message) -> None:
+        """Only clock and name, of one that has all the rest. Raises OSError, KeyError or TypeError; then nobody may run.
+
+        message: `time_ns` since the epoch, `hostname`.
+        """
+        set_clock(message["time_ns"])
         hostname = message["hostname"]
         socket.sethostname(hostname)
         self._write("hostname", hostname + "\n")
         self._write("hosts", HOSTS + hostname + "\n")
-        self._write("machine-id", message["machine_id"] + "\n")
-        self._write("boot_id", message["boot_id"] + "\n")
 
     def _write(self, name: str, text: str) -> None:
         data = text.encode()

@@ -255,7 +255,13 @@ class Agent:
 
     async def identify(self, identity: dict[str, object]) -> None:
         """Make this clone someone of its own. Nothing may run in it before this has returned."""
-        request = await self._ask(frames.IDENTIFY, identity, None)
+        await self._timely(await self._ask(frames.IDENTIFY, identity, None))
+
+    async def assign(self, identity: dict[str, object]) -> None:
+        """Give this clone, which has been someone of its own all along, to the one whom it was made for. Raises as `identify`."""
+        await self._timely(await self._ask(frames.ASSIGN, identity, None))
+
+    async def _timely(self, request: Request) -> None:
         told = (request.answer or {}).get("time_ns")
         if isinstance(told, int) and abs(time.time_ns() - told) > CLOCK_OFF_NS:
             # the identity was long on its way, and its time is as old; all that is needed for this one is there by now

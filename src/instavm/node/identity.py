@@ -11,11 +11,14 @@ from collections.abc import Mapping
 def fresh(hostname: str, env: Mapping[str, str]) -> dict[str, object]:
     """The message that makes a clone someone of its own; contains secrets (entropy, env), so never logged."""
     return {
-        "time_ns": time.time_ns(),
+        **assigned(hostname, env),
         "entropy": secrets.token_hex(64),
-        "hostname": hostname,
         "machine_id": secrets.token_hex(16),
         "boot_id": str(uuid.uuid4()),
         "mac": (b"\x02" + secrets.token_bytes(5)).hex(),  # locally administered, of one machine
-        "env": dict(env),
     }
+
+
+def assigned(hostname: str, env: Mapping[str, str]) -> dict[str, object]:
+    """What is left to be told to a clone that was made someone of its own before it was known for whom; never logged."""
+    return {"time_ns": time.time_ns(), "hostname": hostname, "env": dict(env)}

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -102,6 +102,13 @@ class Prepared:
         if self.stage == "saved_machine":  # in the middle of whatever it was saying to somebody else
             await self.agent.sync(SYNC_S)
             self.listen()
+
+    async def become(self, hostname: str, env: Mapping[str, str]) -> None:
+        """Tell the guest who it is. Nothing of its user may run before. Raises as `Agent.identify`."""
+        if self.stage == "warm_machine":
+            await self.agent.assign(identity.assigned(hostname, env))
+        else:
+            await self.agent.identify(identity.fresh(hostname, env))
 
     @property
     def disk(self) -> Path:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import anyio
 
 from instavm.errors import BootFailed, CorruptSnapshot, CorruptTemplate, HostNotReady, InstaVMError
-from instavm.node import identity
 from instavm.node.images import rootfs
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.live import Steps
@@ -101,7 +100,7 @@ class Starts:
                 await prepared.run()
                 steps.mark("restore")
                 with anyio.fail_after(self._settings.restore_timeout_s):
-                    await prepared.agent.identify(identity.fresh(spec.vm_id, spec.env))
+                    await prepared.become(spec.vm_id, spec.env)
                 steps.mark("identity")
         except BaseException:
             await prepared.aclose()
