@@ -63,6 +63,7 @@ BOOT_FAILS_MIB = 257
 BOOT_HANGS_MIB = 258
 NODE_FULL_MIB = 259
 BOOT_FAILS_ONCE_MIB = 260
+BOOT_WAITS_MIB = 261
 
 FILE_BYTES_MAX = 64 << 20
 
@@ -111,7 +112,9 @@ class LocalNode:
         self.places: dict[str, Place] = {}
         self.resting: dict[str, Place] = {}
         self.logs: dict[str, EgressLog] = {}
-        self.booting: set[str] = set()
+        self.booting: dict[str, anyio.Event] = {}
+        self.command_came = anyio.Event()
+        """For a sandbox that was still coming up."""
         self.started: list[str] = []
         self.stopped: list[str] = []
         self.failures = 0
@@ -120,7 +123,7 @@ class LocalNode:
 
     async def start(self, spec: SandboxSpec) -> Started:
         began = time.perf_counter()
-        self.booting.add(spec.vm_id)
+        up = self.booting[spec.vm_id] = anyio.Event()
         try:
             await self._misbehave(spec)
             if spec.resumes is not None:
@@ -131,7 +134,8 @@ class LocalNode:
             (folder / "app").mkdir(parents=True, exist_ok=True)
             python = await self._process(spec, folder, sys.executable, "-c", INTERPRETER)
         finally:
-            self.booting.discard(spec.vm_id)
+            del self.booting[spec.vm_id]
+            up.set()
         took = (time.perf_counter() - began) * 1000
         started = Started(spec.vm_id, "local", Tier.EMULATED, cold=False, steps_ms={"spawn": took})
         self.places[spec.vm_id] = Place(spec, folder, python, started, egress=spec.egress)
@@ -153,6 +157,9 @@ class LocalNode:
         return place.started
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        if (up := self.booting.get(vm_id)) is not None:
+            self.command_came.set()
+            await up.wait()
         place = self.places.get(vm_id)
         if place is None:
             raise SessionEnded(f"there is no sandbox {vm_id} here")
@@ -319,6 +326,8 @@ class LocalNode:
                 await anyio.sleep_forever()
             case 259:
                 raise NoCapacity("this host is full")
+            case 261:
+                await self.command_came.wait()
             case 260 if self.failures == 0:
                 self.failures += 1
                 raise BootFailed(f"{spec.vm_id} did not come up this once")

@@ -9,6 +9,7 @@ from local_node import (
     BOOT_FAILS_MIB,
     BOOT_FAILS_ONCE_MIB,
     BOOT_HANGS_MIB,
+    BOOT_WAITS_MIB,
     NODE_FULL_MIB,
 )
 
@@ -132,6 +133,13 @@ def test_every_step_is_recorded_with_its_reason(server, vm):
         ("vm.ending", vm_id, "killed"),
         ("vm.ended", vm_id, "killed"),
     ]
+
+
+def test_a_command_is_with_the_node_before_its_sandbox_is_up(server):
+    """So that nothing lies between them; here the sandbox would not come up without one."""
+    with server.client(memory_mb=BOOT_WAITS_MIB) as vm:
+        assert vm.execute("print(1)", timeout=30).stdout == "1\n"
+        assert vm.get_session_info().status == "active"
 
 
 def test_a_boot_that_fails_is_an_error_of_the_execute_that_waits(server):

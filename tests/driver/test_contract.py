@@ -51,8 +51,9 @@ async def test_code_is_refused_before_the_clone_has_an_identity(machine):
         await agent.identify(identity.fresh("vm-x", {}))
         with pytest.raises(Exception, match="at least 32 bytes of entropy"):
             await agent.identify({**identity.fresh("vm-x", {}), "entropy": "00"})
-        with pytest.raises(Exception, match="no identity of its own"):
-            await agent.execute(HELLO)
+        for refused in (agent.execute(HELLO), agent.assign(identity.assigned("vm-y", {}))):
+            with pytest.raises(Exception, match="no identity of its own"):
+                await refused
 
 
 async def test_a_paused_machine_stands_still_and_goes_on_where_it_was(machine):

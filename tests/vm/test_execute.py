@@ -1,6 +1,10 @@
 """Running code in a real sandbox."""
 
+import anyio
 import pytest
+
+from instavm.errors import BootFailed, SessionEnded
+from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 
@@ -8,6 +12,39 @@ pytestmark = pytest.mark.anyio
 async def test_python_prints(sandbox):
     result = await sandbox.python("print(6 * 7)")
     assert (result.stdout, result.stderr, result.exit_code, result.reason) == ("42\n", "", 0, None)
+
+
+async def test_a_command_waits_for_a_sandbox_that_is_coming_up(node):
+    told = []
+
+    async def run():
+        told.append((await node.execute("vm-early", Command("print(1)", "python", 60))).stdout)
+
+    with pytest.raises(SessionEnded):
+        await node.execute("vm-early", Command("print(0)", "python", 60))
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(node.start, SandboxSpec("vm-early", 2, 512))
+        await anyio.lowlevel.checkpoint()
+        assert "vm-early" not in node._live
+        tasks.start_soon(run)
+    await node.stop("vm-early")
+    assert told == ["1\n"]
+
+
+async def test_a_command_for_a_sandbox_that_does_not_come_up_is_told_so(node, monkeypatch):
+    async def fails(spec, copy):
+        await anyio.lowlevel.checkpoint()
+        raise BootFailed("for this test")
+
+    async def run():
+        with pytest.raises(SessionEnded):
+            await node.execute("vm-never", Command("print(1)", "python", 60))
+
+    monkeypatch.setattr(node._starts, "bring_up", fails)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        with pytest.raises(BootFailed, match="for this test"):
+            await node.start(SandboxSpec("vm-never", 2, 512))
 
 
 async def test_variables_live_on_between_two_executions(sandbox):

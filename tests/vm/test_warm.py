@@ -12,8 +12,13 @@ from instavm.node.runtime import Runtime
 from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
-DRAW = "import os, random, socket; print(os.urandom(8).hex(), random.random(), socket.gethostname(), sorted(dir()))"
+OWN = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id", "/sys/class/net/eth0/address")
+DRAW = (
+    "import os, random, socket; print(os.urandom(8).hex(), random.random(), end=' ')\n"
+    f"print(*[open(file).read().strip() for file in {OWN}], socket.gethostname(), sorted(dir()))"
+)
 ASK = Command(DRAW, "python", 60)
+DRAWN = 2 + len(OWN)
 
 
 @pytest.fixture
@@ -43,15 +48,15 @@ async def test_the_pool_follows_demand_and_its_sandboxes_are_like_all_others(nod
     for name in ("vm-b", "vm-c"):
         started = await node.start(SandboxSpec(name, 2, 512, env={"NAME": name}))
         assert "warm_machine" in started.steps_ms
-        told.append((await node.execute(name, ASK)).stdout.split(maxsplit=3))
+        told.append((await node.execute(name, ASK)).stdout.split(maxsplit=DRAWN + 1))
         assert (await node.execute(name, Command("echo $NAME", "bash", 60))).stdout == f"{name}\n"
-    assert told[0][0] != told[1][0] and told[0][1] != told[1][1]
-    assert [one[2] for one in told] == ["vm-b", "vm-c"]
+    assert all(one != other for one, other in zip(*[one[:DRAWN] for one in told], strict=True))
+    assert [one[DRAWN] for one in told] == ["vm-b", "vm-c"]
     counted = await node.metrics()
     assert (counted.running, counted.starts) == (3, {"machine": 1, "warm_machine": 2})
     assert counted.start_seconds["warm_machine"] < counted.start_seconds["machine"]
-    plain = (await node.execute("vm-a", ASK)).stdout.split(maxsplit=3)
-    assert told[0][3] == told[1][3] == plain[3], "the warming up left something behind"
+    plain = (await node.execute("vm-a", ASK)).stdout.split(maxsplit=DRAWN + 1)
+    assert told[0][-1] == told[1][-1] == plain[-1], "the warming up left something behind"
 
 
 async def test_one_that_died_while_it_waited_is_not_handed_out(node):

@@ -58,7 +58,7 @@ class Executions:
         Raises: SessionEnded, OutcomeUnknown, BootFailed, NoCapacity, HostNotReady, DiskFull.
         """
         for _ in range(ATTEMPTS):
-            vm = await self._sessions.ready(session)
+            vm = await self._sessions.reachable(session)
             outcome = await self._run(session, vm, ask, on_output, task)
             if outcome is not None:
                 self._sessions.count(session, outcome.execution_time_s, outcome.cpu_time_s)
@@ -90,9 +90,15 @@ class Executions:
         with anyio.CancelScope() as scope:
             vm.running.add(scope)
             try:
-                return await self._node.execute(vm.id, _command(vm, ask, task), on_output)
+                outcome = await self._node.execute(vm.id, _command(vm, ask, task), on_output)
+                await vm.settled.wait()  # its node has said before that it is up
+                return outcome
             except SessionEnded:
-                vm.ask_end(EndReason.NODE_LOST, "the node does not know it")
+                if vm.settled.is_set():
+                    vm.ask_end(EndReason.NODE_LOST, "the node does not know it")
+                await vm.settled.wait()
+                if vm.error is not None:
+                    raise vm.error.with_traceback(None) from None
                 return None
             except OutcomeUnknown as exc:
                 raise await _lost(session, vm, str(exc)) from exc
@@ -110,8 +116,8 @@ def _timeout_s(vm: Vm, asked: float | None) -> float:
     if asked is not None:
         return asked
     left = vm.remaining_s()
-    left = limits.EXECUTE_TIMEOUT_S_DEFAULT if left is None else left - LAST_SECOND_S
-    return max(limits.EXECUTE_TIMEOUT_S_MIN, min(limits.EXECUTE_TIMEOUT_S_DEFAULT, left))
+    left = vm.lifetime_s if left is None else left
+    return max(limits.EXECUTE_TIMEOUT_S_MIN, min(limits.EXECUTE_TIMEOUT_S_DEFAULT, left - LAST_SECOND_S))
 
 
 async def _lost(session: Session, vm: Vm, what: str) -> SessionEnded | OutcomeUnknown:

@@ -40,7 +40,7 @@ class Node(Protocol):
         ...
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
-        """Run one command to its end. `on_output` sees each piece as it arrives.
+        """Run one command to its end. `on_output` sees each piece as it arrives. One that is coming up is waited for.
 
         Raises: SessionEnded (no such sandbox here), OutcomeUnknown (it was lost while the command ran).
         """

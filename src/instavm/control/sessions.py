@@ -269,6 +269,12 @@ class Sessions:
         await _rested(session)
         return await self._settled(session, self.begin(session))
 
+    async def reachable(self, session: Session) -> Vm:
+        """As `ready`; but one that is still coming up is returned, too, if its node has commands wait for it."""
+        await _rested(session)
+        vm = self.begin(session)
+        return vm if vm.at_node else await self._settled(session, vm)
+
     async def suspend(self, session: Session) -> tuple[VmRow, Stored | None]:
         """Put the session's sandbox to rest; it goes on under another id when it is resumed. At rest already is fine.
 

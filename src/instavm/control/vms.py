@@ -70,6 +70,8 @@ class Vm:
     egress_change: anyio.Lock = field(default_factory=anyio.Lock)
     running: set[anyio.CancelScope] = field(default_factory=set)
     """Commands in flight; cancelled when the sandbox is gone and the node has not ended them itself."""
+    at_node: bool = False
+    """The node knows of it, so that commands may be sent: it has them wait for a sandbox that is coming up."""
     start_told: bool = False
     boot: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -364,6 +366,7 @@ class Vms:
     async def _boot(self, vm: Vm) -> bool:
         """Returns: whether it is active now; if not, somebody asked for its end or the boot itself did."""
         with vm.boot:
+            vm.at_node = vm.birth is None and vm.resumes is None
             try:
                 vm.started = await (vm.birth or self._node.start)(vm.spec)
             except InstaVMError as exc:

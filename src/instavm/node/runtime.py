@@ -100,6 +100,8 @@ class Runtime:
         self._saving = Saving(driver, layers, self._snapshots)
         self._starts = Starts(settings, driver, images, templates, machines, networks, self._snapshots, self._saving)
         self._tasks = tasks
+        self._coming: dict[str, anyio.Event] = {}
+        """Sandboxes that are started; set when they are up, or won't be."""
         self._live: dict[str, Sandbox] = {}
         self._adopted: dict[str, Started] = {}
         self._leaving = False
@@ -176,7 +178,12 @@ class Runtime:
         total = memory.total_mib()
         if spec.memory_mib > total:
             raise NoCapacity(f"memory_mb: {spec.memory_mib} asked for, this host has {total} in all")
-        started: Started = await self._tasks.start(self._life, spec, None, name=f"sandbox {spec.vm_id}")
+        coming = self._coming[spec.vm_id] = anyio.Event()
+        try:
+            started: Started = await self._tasks.start(self._life, spec, None, name=f"sandbox {spec.vm_id}")
+        finally:
+            del self._coming[spec.vm_id]
+            coming.set()
         return started
 
     async def suspend(self, vm_id: str) -> Stored:
@@ -287,6 +294,8 @@ class Runtime:
         await anyio.to_thread.run_sync(self._layers.sweep)
 
     async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        if (coming := self._coming.get(vm_id)) is not None:
+            await coming.wait()
         sandbox = self._usable(vm_id)
         with told(sandbox):
             return await sandbox.agent.execute(command, on_output)
