@@ -51,7 +51,7 @@ async def test_code_is_refused_before_the_clone_has_an_identity(machine):
         await agent.identify(identity.fresh("vm-x", {}))
         with pytest.raises(Exception, match="at least 32 bytes of entropy"):
             await agent.identify({**identity.fresh("vm-x", {}), "entropy": "00"})
-        for refused in (agent.execute(HELLO), agent.assign(identity.assigned("vm-y", {}))):
+        for refused in (agent.execute(HELLO), agent.assign(identity.assigned("vm-y", {}), machine.resume)):
             with pytest.raises(Exception, match="no identity of its own"):
                 await refused
 

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -257,9 +257,12 @@ class Agent:
         """Make this clone someone of its own. Nothing may run in it before this has returned."""
         await self._timely(await self._ask(frames.IDENTIFY, identity, None))
 
-    async def assign(self, identity: dict[str, object]) -> None:
-        """Give this clone, which has been someone of its own all along, to the one whom it was made for. Raises as `identify`."""
-        await self._timely(await self._ask(frames.ASSIGN, identity, None))
+    async def assign(self, identity: dict[str, object], wake: Callable[[], Awaitable[None]]) -> None:
+        """Give this clone, which has been someone of its own all along and stands still, to whom it is for.
+
+        wake: lets it go on; the message lies there already when it does. Raises as `identify` and as `wake`.
+        """
+        await self._timely(await self._ask(frames.ASSIGN, identity, None, wake))
 
     async def _timely(self, request: Request) -> None:
         told = (request.answer or {}).get("time_ns")
@@ -323,7 +326,13 @@ class Agent:
             raise OutcomeUnknown("the guest's agent does not answer any more; the command may have run") from None
         return _outcome(request)
 
-    async def _ask(self, kind: int, message: dict[str, object], on_output: OutputSink | None) -> Request:
+    async def _ask(
+        self,
+        kind: int,
+        message: dict[str, object],
+        on_output: OutputSink | None,
+        sent: Callable[[], Awaitable[None]] | None = None,
+    ) -> Request:
         if self._lost is not None:
             raise self._lost
         self._known = True
@@ -332,6 +341,8 @@ class Agent:
         try:
             async with self._sending:
                 await self._stream.send(frames.encode_json(kind, number, message))
+            if sent is not None:
+                await sent()
             await request.done.wait()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             raise self._lost or OutcomeUnknown("the sandbox was lost while the command was sent") from None

@@ -94,19 +94,18 @@ class Prepared:
     stage: Stage = "machine"
 
     async def run(self) -> None:
-        """Let the guest run: restored now, or going on from where it waits. Raises BootFailed, OutcomeUnknown, TimeoutError."""
+        """Let the guest run; a warm one does when it becomes somebody. Raises BootFailed, OutcomeUnknown, TimeoutError."""
         if self.stage == "warm_machine":
-            await self.machine.resume()
-        else:
-            await self.machine.load()
+            return
+        await self.machine.load()
         if self.stage == "saved_machine":  # in the middle of whatever it was saying to somebody else
             await self.agent.sync(SYNC_S)
             self.listen()
 
     async def become(self, hostname: str, env: Mapping[str, str]) -> None:
-        """Tell the guest who it is. Nothing of its user may run before. Raises as `Agent.identify`."""
+        """Tell the guest who it is. Nothing of its user may run before. Raises as `Agent.identify`; BootFailed."""
         if self.stage == "warm_machine":
-            await self.agent.assign(identity.assigned(hostname, env))
+            await self.agent.assign(identity.assigned(hostname, env), self.machine.resume)
         else:
             await self.agent.identify(identity.fresh(hostname, env))
 
