@@ -125,7 +125,8 @@ def test_ctrl_c_in_a_program_does_not_reach_the_server(place):
         [
             sys.executable,
             "-c",
-            PROGRAM + "import signal\nvm = InstaVM('any')\nprint(vm.execute('1').vm_id, flush=True)\nsignal.pause()",
+            PROGRAM + "import time\nvm = InstaVM('any')\nprint(vm.execute('1').vm_id, flush=True)\n"
+            "while True: time.sleep(0.05)",  # one long wait would miss a signal that comes just ahead of it
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
