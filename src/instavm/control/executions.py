@@ -96,9 +96,8 @@ class Executions:
             except SessionEnded:
                 if vm.settled.is_set():
                     vm.ask_end(EndReason.NODE_LOST, "the node does not know it")
-                await vm.settled.wait()
-                if vm.error is not None:
-                    raise vm.error.with_traceback(None) from None
+                else:  # it did not come up
+                    await self._sessions.settled(session, vm)
                 return None
             except OutcomeUnknown as exc:
                 raise await _lost(session, vm, str(exc)) from exc

@@ -267,13 +267,13 @@ class Sessions:
         Raises: SessionEnded (killed); SessionSuspended; BootFailed, NoCapacity, HostNotReady, DiskFull.
         """
         await _rested(session)
-        return await self._settled(session, self.begin(session))
+        return await self.settled(session, self.begin(session))
 
     async def reachable(self, session: Session) -> Vm:
         """As `ready`; but one that is still coming up is returned, too, if its node has commands wait for it."""
         await _rested(session)
         vm = self.begin(session)
-        return vm if vm.at_node else await self._settled(session, vm)
+        return vm if vm.at_node else await self.settled(session, vm)
 
     async def suspend(self, session: Session) -> tuple[VmRow, Stored | None]:
         """Put the session's sandbox to rest; it goes on under another id when it is resumed. At rest already is fine.
@@ -311,7 +311,7 @@ class Sessions:
             vm = self._respawn(session, rest)
         if vm is None or not vm.usable:
             raise Conflict(f"session {session.id} has no suspended sandbox")
-        return await self._settled(session, vm) if wait else vm
+        return await self.settled(session, vm) if wait else vm
 
     async def fork(self, tenant: Tenant, session: Session, count: int, env: Mapping[str, str]) -> list[Session]:
         """Copies of a sandbox that goes on, memory and disk, each in a session of its own; all of them, or none.
@@ -339,7 +339,7 @@ class Sessions:
         try:
             for one in children:
                 assert one.vm is not None
-                await self._settled(one, one.vm)
+                await self.settled(one, one.vm)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 for one in children:
@@ -353,7 +353,8 @@ class Sessions:
         mine = await self._rows.resting(tenant.id) | await self._store.snapshots.ids(tenant.id)
         return sum(one.own_bytes + one.shared_bytes for name, one in (await self._stored()).items() if name in mine)
 
-    async def _settled(self, session: Session, vm: Vm) -> Vm:
+    async def settled(self, session: Session, vm: Vm) -> Vm:
+        """This sandbox, once it is up. Raises: SessionEnded (killed); why it did not come up."""
         await vm.settled.wait()
         self._refuse_closed(session)
         if vm.error is not None:
