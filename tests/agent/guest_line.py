@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 import anyio
 
 from instavm.node.agent import connected
+from instavm.node.vmm.line import Line
 
 
 @asynccontextmanager
@@ -14,7 +15,7 @@ async def guest():
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setblocking(False)
-    stream = await anyio.abc.UNIXSocketStream.from_socket(ours)
+    stream = await Line.over(ours)
     play = await anyio.abc.UNIXSocketStream.from_socket(theirs)
     try:
         async with connected(stream) as agent:

@@ -7,6 +7,7 @@ after it, which JSON allows; the price is that the status is 200 by then, whatev
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -42,29 +43,27 @@ class Patient(Response):
         self._answer: Response | None = None
         self._error: Exception | None = None
         self._done = anyio.Event()
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run)
-            with anyio.move_on_after(self._begin_s):
-                await self._done.wait()
-            if not self._done.is_set():
-                await self._keep_alive(send)
-                return
+            begin = asyncio.get_running_loop().call_later(self._begin_s, tasks.start_soon, self._keep_alive, send)
+            try:
+                self._answer = await self._work()
+            except Exception as exc:  # raised to who serves us, or told in the answer's body
+                self._error = exc
+            finally:
+                begin.cancel()
+                self._done.set()
+        if self._begun:
+            return
         if self._error is not None:
             raise self._error
         assert self._answer is not None
         await self._answer(scope, receive, send)
 
-    async def _run(self) -> None:
-        try:
-            self._answer = await self._work()
-        except Exception as exc:  # raised to the client's own task, or told in the answer's body
-            self._error = exc
-        finally:
-            self._done.set()
-
     async def _keep_alive(self, send: Send) -> None:
+        self._begun = True
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         while not self._done.is_set():

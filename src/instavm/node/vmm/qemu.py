@@ -21,6 +21,7 @@ from instavm.node.jail.jail import Jails, Needs
 from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.vmm import blocks, pages, processor, tsc
 from instavm.node.vmm.base import MachineSpec, Saved
+from instavm.node.vmm.line import Line
 from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.monitor import Monitor, listening
 from instavm.node.vmm.process import OneProcess, VMMProcess
@@ -144,7 +145,7 @@ class QemuMachine(OneProcess):
         await self._monitor.connect(control)
 
     async def dial(self) -> ByteStream:
-        return await anyio.connect_unix(str(self._agent_path))
+        return await Line.dial(self._agent_path)
 
     async def load(self, *, background: bool = False) -> None:
         assert self._state_fd is not None, "only a prepared machine can be loaded"
