@@ -206,25 +206,24 @@ class Interpreter:
             self._start_worker()
         assert self._line is not None and self._outputs is not None
         cell = self._current = self._queue.popleft()
-        self._reason = None
-        self._restarted = False
-        self._cpu_at_pulse = None
-        self._began = time.monotonic()
-        self._deadline = self._began + cell.timeout_s
-        self._pulse_at = self._began + (FIRST_PULSE_S if self._fresh else PULSE_S)
-        for output in self._outputs:
-            output.request = cell.request
         env = {**self._new_env, **cell.env}
         extra = json.dumps(env).encode() if env else b""
         code = cell.code.encode("utf-8", "surrogatepass")
         first = bool(self._fresh)
         flags = self._fresh | (AWAIT if self._interrupted else 0)
-        ask = ASK.pack(flags, len(code), len(extra)) + code + extra
-        self._fresh, self._new_env, self._interrupted = 0, {}, False
+        self._began = time.monotonic()
         try:
-            self._line.sendall(ask)
+            self._line.sendall(ASK.pack(flags, len(code), len(extra)) + code + extra)
         except OSError:
             self._unread = True  # it died just now: _died sees to the cell
+        # From here on it works, and we beside it; what it says is heard when we are back in the loop.
+        self._deadline = self._began + cell.timeout_s
+        self._pulse_at = self._began + (FIRST_PULSE_S if first else PULSE_S)
+        self._reason = self._cpu_at_pulse = None
+        self._restarted = self._interrupted = False
+        self._fresh, self._new_env = 0, {}
+        for output in self._outputs:
+            output.request = cell.request
         if first:
             self._rehearse_answer()
 

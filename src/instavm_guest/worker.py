@@ -41,6 +41,8 @@ FRESH = 1  # first cell in a new sandbox: generators must not go on where the te
 REHEARSE = 2  # no cell; go through the motions of one, again and again, until the next request comes
 ENOUGH = 4  # no cell; only an end to the rehearsal
 AWAIT = 8  # an earlier cell was sent an interrupt, which must have arrived before this one begins
+AHEAD_BYTES = 4096
+"""How much is read at least: most requests come in one piece."""
 AWAIT_MS = 500
 """How long it is waited for at most: the user's code may have taken the signal away from us."""
 ANSWERED, SHOWN = 0, 1  # first byte of what the worker sends
@@ -59,6 +61,7 @@ class Line:
 
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=moved_up(fd))
+        self._ahead = b""
         self._sending = _thread.allocate_lock()
 
     def receive(self) -> tuple[int, str, dict[str, str]] | None:
@@ -79,16 +82,17 @@ class Line:
 
     def waiting(self) -> bool:
         """Whether a request is there to be read."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        return bool(self._ahead) or bool(select.select([self._socket], [], [], 0)[0])
 
     def _exactly(self, size: int) -> bytes:
-        data = self._socket.recv(size)
+        data = self._ahead
         while len(data) < size:
-            more = self._socket.recv(size - len(data))
+            more = self._socket.recv(max(size - len(data), AHEAD_BYTES))
             if not more:
                 return b""
             data += more
-        return data
+        self._ahead = data[size:]
+        return data[:size]
 
 
 class Sources:
@@ -346,6 +350,7 @@ def perform(line: Line, code: str, space: Space, meter: Meter, streams: Streams)
     if os.getpid() != meter.me:
         os._exit(exit_code)  # a fork that ran off the end of the cell
     line.send(ANSWER.pack(ANSWERED, CUT if space.cut else 0, exit_code, meter.wall_s, meter.cpu_s, meter.peak_kib))
+    meter.renew()
     return exit_code
 
 
@@ -361,13 +366,17 @@ class Meter:
             self._refs = moved_up(os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC))
         except OSError:
             self._refs = -1
+        self.renew()
 
-    def start(self) -> None:
+    def renew(self) -> None:
+        """The peak starts anew; when a cell comes it may be waited for already. proc(5), clear_refs"""
         if self._refs >= 0:
             try:
-                os.write(self._refs, b"5")  # the peak of resident memory starts anew; proc(5)
+                os.write(self._refs, b"5")
             except OSError:
                 self._refs = -1
+
+    def start(self) -> None:
         self._wall, self._cpu = time.perf_counter(), self._spent()[0]
 
     def stop(self) -> None:
