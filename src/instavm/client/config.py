@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from instavm.client.calls import sessions
 from instavm.errors import AuthenticationError, InvalidInput
@@ -58,6 +59,14 @@ def _address(base_url: str | None) -> str | None:
     url = os.environ.get("INSTAVM_BASE_URL") if base_url is None else base_url
     if not url:
         return None
-    if not url.startswith(("http://", "https://")):
-        raise InvalidInput("base_url", url, "an address that starts with http:// or https://")
+    if not _is_address(url):
+        raise InvalidInput("base_url", url, "an address that starts with http:// or https://, such as http://host:8000")
     return url.rstrip("/")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        return False

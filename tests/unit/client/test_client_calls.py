@@ -95,6 +95,12 @@ def test_a_limit_out_of_range_is_refused(limit):
         sessions.sandboxes(None, limit)
 
 
+@pytest.mark.parametrize("url", ["ftp://x", "x:8000", "http://", "http://[::1", "http://x:port", "http://x:99999"])
+def test_an_address_that_is_none_is_refused_by_name(url):
+    with pytest.raises(InvalidInput, match="base_url"):
+        Config.of("key", url, 300, 0, cpu_count=None, memory_mb=None, env=None, metadata=None)
+
+
 def test_code_that_was_sent_is_never_sent_again():
     run = executions.execute("id", "1", "python", None)
     look = sessions.info("id")
