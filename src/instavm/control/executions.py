@@ -91,7 +91,8 @@ class Executions:
             vm.running.add(scope)
             try:
                 outcome = await self._node.execute(vm.id, _command(vm, ask, task), on_output)
-                await vm.settled.wait()  # its node has said before that it is up
+                if not vm.settled.is_set():
+                    await vm.settled.wait()  # its node has said before that it is up
                 return outcome
             except SessionEnded:
                 if vm.settled.is_set():

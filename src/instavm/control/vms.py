@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Final
 
 import anyio
@@ -61,9 +62,9 @@ class Vm:
     """It is being put to rest, or is."""
     settled: anyio.Event = field(default_factory=anyio.Event)
     gone: anyio.Event = field(default_factory=anyio.Event)
-    python: anyio.Lock = field(default_factory=anyio.Lock)
+    python: anyio.Lock = field(default_factory=partial(anyio.Lock, fast_acquire=True))
     """One interpreter, so one Python command at a time; the others wait their turn."""
-    javascript: anyio.Lock = field(default_factory=anyio.Lock)
+    javascript: anyio.Lock = field(default_factory=partial(anyio.Lock, fast_acquire=True))
     """The same for JavaScript."""
     egress: Egress = NOTHING
     """What it may reach now."""

@@ -185,7 +185,7 @@ class Agent:
         self._lost: Exception | None = None
         self.gone = anyio.Event()
         """The line has ended, or the agent at its other end is not the one any more that it was."""
-        self._sending = anyio.Lock()
+        self._sending = anyio.Lock(fast_acquire=True)
 
     async def run(self) -> None:
         """Read until the line ends; whoever still waits is told. Returns, never raises, when the guest is gone."""
