@@ -42,15 +42,14 @@ class Bytes:
 @dataclass(frozen=True, slots=True)
 class Method:
     name: str
-    signature: inspect.Signature
     parameters: Mapping[str, Value | Callback | Bytes]
+    """In the order of the protocol."""
+    defaults: Mapping[str, Any]
     returns: Value | Bytes
 
     def bound(self, *args: Any, **named: Any) -> dict[str, Any]:
         """Arguments by name, defaults included."""
-        given = self.signature.bind(None, *args, **named)
-        given.apply_defaults()
-        return {name: value for name, value in given.arguments.items() if name != "self"}
+        return {**self.defaults, **dict(zip(self.parameters, args, strict=False)), **named}
 
 
 def dumped(kind: Value | Callback, value: Any) -> Any:
@@ -101,7 +100,9 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
     parameters = {parameter: _parameter(hint) for parameter, hint in hints.items()}
     streamed = typing.get_origin(returns) is AsyncGenerator
     assert streamed or inspect.iscoroutinefunction(function), f"Node.{name} can't be asked from another process"
-    return Method(name, inspect.signature(function), parameters, Bytes() if streamed else Value(TypeAdapter(returns)))
+    signature = inspect.signature(function)
+    defaults = {one.name: one.default for one in signature.parameters.values() if one.default is not one.empty}
+    return Method(name, parameters, defaults, Bytes() if streamed else Value(TypeAdapter(returns)))
 
 
 def _parameter(hint: Any) -> Value | Callback | Bytes:

@@ -15,11 +15,13 @@ class Sending:
 
     def __init__(self) -> None:
         self._room = WINDOW_BYTES
-        self._moved = anyio.Event()
+        self._moved: anyio.Event | None = None
+        """Made by who waits: most calls have no stream."""
 
     def more(self, size: int) -> None:
         self._room += size
-        self._moved.set()
+        if self._moved is not None:
+            self._moved.set()
 
     async def pieces(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """`source`, cut up, as fast as the other side takes it."""
@@ -42,7 +44,7 @@ class Receiving:
         self._owed = 0
         self._whole = False
         self._broken: Exception | None = None
-        self._moved = anyio.Event()
+        self._moved: anyio.Event | None = None
         self._size = 0
 
     def put(self, piece: bytes) -> None:
@@ -51,12 +53,16 @@ class Receiving:
         if self._size > 2 * WINDOW_BYTES:
             raise ValueError("more of a stream than was asked for")
         self._waiting.append(piece)
-        self._moved.set()
+        self._wake()
 
     def end(self, broken: Exception | None = None) -> None:
         """No more will come. `broken` is raised behind what has come."""
         self._whole, self._broken = True, broken
-        self._moved.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._moved is not None:
+            self._moved.set()
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
