@@ -113,7 +113,7 @@ class Files:
 
     def _heard(self, transfer: Transfer) -> None:
         try:
-            packet = transfer.line.recv(frames.CHUNK + 1)
+            packet = _next(transfer.line)
         except BlockingIOError:
             return
         except OSError:
@@ -140,3 +140,11 @@ class Files:
 
     def _exited(self, cgroup: Cgroup) -> None:
         self._lingering = [group for group in (*self._lingering, cgroup) if not group.remove()]
+
+
+def _next(line: socket.socket) -> bytes:
+    """A packet. When the other side ended with something of ours unread, that is told first, and its last word lies behind."""
+    try:
+        return line.recv(frames.CHUNK + 1)
+    except ConnectionResetError:
+        return line.recv(frames.CHUNK + 1)
