@@ -4,7 +4,6 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from instavm import limits
-from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
@@ -15,7 +14,9 @@ router = APIRouter()
 
 
 @router.post("/execute", response_model=wire.Execution)
-async def execute(ask: wire.Execute, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def execute(ask: wire.Execute, once: OnlyOnce) -> Response:
+    caller, here = once.caller, once.here
+
     async def work() -> wire.Execution:
         return result(ask.language, await here.executions.execute(caller, ask))
 

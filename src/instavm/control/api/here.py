@@ -20,12 +20,12 @@ async def control_of(request: Request) -> Control:
 Here = Annotated[Control, Depends(control_of)]
 
 
-async def caller(request: Request, control: Here) -> Tenant:
-    """Whose key came with the request: `X-API-Key`, `Authorization: Bearer`, or `api_key` in a JSON body.
+async def caller_of(request: Request) -> Tenant:
+    """Whose key came with the request: `X-API-Key`, `Authorization: Bearer`, or `api_key` in a JSON body. Asked once.
 
-    Raises: AuthenticationError: no key, a wrong one, or two that differ.
+    Raises: AuthenticationError: no key, a wrong one, or two that differ; RateLimitError.
     """
-    return await caller_with(request, control, await _body_key(request))
+    return await caller_with(request, await control_of(request), await _body_key(request))
 
 
 async def caller_with(request: Request, control: Control, body_key: Any) -> Tenant:
@@ -39,7 +39,7 @@ async def caller_with(request: Request, control: Control, body_key: Any) -> Tena
     return await control.accounts.tenant_of(keys.pop())
 
 
-Caller = Annotated[Tenant, Depends(caller)]
+Caller = Annotated[Tenant, Depends(caller_of)]
 
 
 def _header_keys(request: Request) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from instavm import limits
-from instavm.control.api.here import Caller, Here
+from instavm.control.api.here import caller_of, control_of
 from instavm.control.api.long import Long
 from instavm.control.control import Control
 from instavm.control.store.accounts import Tenant
@@ -26,12 +26,12 @@ class Begun(Wire):
 
 
 class Once:
-    """The key of one request, if it came with one."""
+    """One request: who asks, of which services, and its key, if it came with one."""
 
     def __init__(self, request: Request, caller: Tenant, here: Control, key: str | None) -> None:
         self._request = request
-        self._caller = caller
-        self._here = here
+        self.caller = caller
+        self.here = here
         self._key = key
 
     async def create(self, work: Callable[[str | None], Awaitable[Wire]]) -> Response:
@@ -60,7 +60,7 @@ class Once:
             return _bytes(await work(target))
 
         fingerprint = await self._fingerprint()
-        return await self._here.repeats.once(self._caller, self._key, fingerprint, begun, again=again)
+        return await self.here.repeats.once(self.caller, self._key, fingerprint, begun, again=again)
 
     async def _fingerprint(self) -> str:
         url = self._request.url
@@ -76,11 +76,10 @@ def _json(body: bytes) -> Response:
     return Long(body, media_type="application/json")
 
 
-async def _once(
-    request: Request, caller: Caller, here: Here, key: Annotated[str | None, Header(alias=HEADER)] = None
-) -> Once:
+async def _once(request: Request, key: Annotated[str | None, Header(alias=HEADER)] = None) -> Once:
     """A coroutine, as FastAPI would call anything else in a thread."""
-    return Once(request, caller, here, key)
+    return Once(request, await caller_of(request), await control_of(request), key)
 
 
 OnlyOnce = Annotated[Once, Depends(_once)]
+"""Instead of `Caller` and `Here`, not beside them: FastAPI takes as long to hand over one of them as all of a route does."""

@@ -27,8 +27,9 @@ Size = Annotated[int, Query(ge=limits.PROCESS_WINDOW_BYTES_MIN, le=limits.PROCES
 
 
 @router.post("", response_model=wire.Process)
-async def start(session_id: str, ask: wire.StartProcess, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def start(session_id: str, ask: wire.StartProcess, once: OnlyOnce) -> Response:
     """It runs on when the call has returned, until it ends or the sandbox does."""
+    caller, here = once.caller, once.here
 
     async def work() -> wire.Process:
         return _record(session_id, await here.processes.start(caller, session_id, ask))

@@ -23,7 +23,9 @@ router = APIRouter()
 
 
 @router.post("/v1/sessions/session", response_model=wire.Session)
-async def create(ask: wire.CreateSession, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def create(ask: wire.CreateSession, once: OnlyOnce) -> Response:
+    caller, here = once.caller, once.here
+
     async def make(target: str | None) -> wire.Session:
         return _record(here, await here.sessions.create(caller, ask, target))
 

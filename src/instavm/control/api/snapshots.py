@@ -16,7 +16,9 @@ router = APIRouter()
 
 
 @router.post("/v1/snapshots", response_model=wire.Snapshot)
-async def create(ask: wire.CreateSnapshot, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def create(ask: wire.CreateSnapshot, once: OnlyOnce) -> Response:
+    caller, here = once.caller, once.here
+
     async def make(_target: str | None) -> wire.Snapshot:
         return record(await here.snapshots.build(caller, ask))
 

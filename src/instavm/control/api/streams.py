@@ -26,8 +26,9 @@ ALIVE_S: Final = 15.0
 
 
 @router.post("/execute/stream", response_class=StreamingResponse)
-async def begin(ask: Execute, caller: Caller, here: Here, once: OnlyOnce) -> StreamingResponse:
+async def begin(ask: Execute, once: OnlyOnce) -> StreamingResponse:
     """It runs on when the client goes away."""
+    caller, here = once.caller, once.here
     if ask.session_id is not None:
         await here.sessions.get(caller, ask.session_id)
     execution_id = await once.begin(lambda: here.streams.begin(caller, ask).id)

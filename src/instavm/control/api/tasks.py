@@ -15,7 +15,9 @@ router = APIRouter()
 
 
 @router.post("/execute_async", response_model=wire.TaskBegun)
-async def begin(ask: wire.ExecuteAsync, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def begin(ask: wire.ExecuteAsync, once: OnlyOnce) -> Response:
+    caller, here = once.caller, once.here
+
     async def work() -> wire.TaskBegun:
         row = await here.tasks.begin(caller, ask)
         return wire.TaskBegun(

@@ -27,9 +27,9 @@ router = APIRouter()
 
 
 @router.post("/v1/vms", response_model=wire.Vm)
-async def create(
-    request: Request, ask: wire.CreateVm, caller: Caller, here: Here, once: OnlyOnce, wait: bool = True
-) -> Response:
+async def create(request: Request, ask: wire.CreateVm, once: OnlyOnce, wait: bool = True) -> Response:
+    caller, here = once.caller, once.here
+
     async def make(target: str | None) -> wire.Vm:
         if ask.session_id is None:
             image = None if ask.snapshot_id is None else (await here.snapshots.bootable(caller, ask.snapshot_id)).id
@@ -131,7 +131,9 @@ async def resume(vm_id: str, caller: Caller, here: Here, wait: bool = True) -> w
 
 
 @router.post("/v1/vms/{vm_id}/fork", response_model=wire.Forked)
-async def fork(vm_id: str, ask: wire.ForkVm, caller: Caller, here: Here, once: OnlyOnce) -> Response:
+async def fork(vm_id: str, ask: wire.ForkVm, once: OnlyOnce) -> Response:
+    caller, here = once.caller, once.here
+
     async def make() -> wire.Forked:
         session, vm = await _up(here, caller, vm_id)
         forks = []
@@ -146,10 +148,9 @@ async def fork(vm_id: str, ask: wire.ForkVm, caller: Caller, here: Here, once: O
 
 
 @router.post("/v1/vms/{vm_id}/snapshot", response_model=Snapshot)
-async def snapshot(
-    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.SnapshotVm | None = None, wait: bool = True
-) -> Response:
+async def snapshot(vm_id: str, once: OnlyOnce, ask: wire.SnapshotVm | None = None, wait: bool = True) -> Response:
     """Its disk is kept when this answers. wait: until it has been booted once and is `ready`; else it is `creating`."""
+    caller, here = once.caller, once.here
 
     async def make() -> Snapshot:
         session, _ = await _up(here, caller, vm_id)
@@ -160,10 +161,9 @@ async def snapshot(
 
 
 @router.post("/v1/vms/{vm_id}/clone", response_model=wire.Cloned)
-async def clone(
-    vm_id: str, caller: Caller, here: Here, once: OnlyOnce, ask: wire.CloneVm | None = None, wait: bool = True
-) -> Response:
+async def clone(vm_id: str, once: OnlyOnce, ask: wire.CloneVm | None = None, wait: bool = True) -> Response:
     """A new VM on a snapshot of the disk. The snapshot is kept when it was given a name."""
+    caller, here = once.caller, once.here
 
     async def make() -> wire.Cloned:
         session, _ = await _up(here, caller, vm_id)
