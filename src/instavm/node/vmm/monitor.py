@@ -85,13 +85,18 @@ class Monitor:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket for a QEMU to inherit, so that we can dial before it has even started. Raises HostNotReady."""
+    """A socket for a QEMU to inherit, so that we can dial before it has even started. Raises HostNotReady.
+
+    It never blocks: while QEMU gives its monitor a thread of its own, two of its threads may accept the same call, and the one
+    that comes too late would wait for another call with everything else of that QEMU behind it.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         try:
             listener.bind(str(path))
         except OSError as exc:
             raise HostNotReady(f"can't make the socket {path}: {exc}; is INSTAVM_STATE_DIR too long or full?") from exc
         path.chmod(0o600)
+        listener.setblocking(False)
         listener.listen(1)
         yield listener
 
