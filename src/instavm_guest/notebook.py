@@ -12,7 +12,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 PIP = re.compile(
@@ -21,6 +23,7 @@ PIP = re.compile(
 MARKS = re.compile(r"[%!?]")
 SIMPLE = re.compile(r"^(?P<indent>\s*)(?P<name>[A-Za-z_][\w.]*\s*=\s*)?(?P<mark>!|%)(?P<rest>[^\n=].*)$")
 SHELL = "/bin/bash"
+EMBED = "IPython.terminal.embed"
 
 
 def shell(command: str) -> int:
@@ -176,21 +179,53 @@ def of(space: Any) -> Notebook | Plain:
 
 def _ipython(space: Any) -> Any:
     """IPython's shell on the user's own namespace, or None. It keeps no history: nothing is written for that."""
-    try:
-        from IPython.core.interactiveshell import InteractiveShell  # type: ignore[import-not-found]  # noqa: PLC0415
-        from traitlets.config import Config  # type: ignore[import-not-found]  # noqa: PLC0415
-    except Exception:  # not installed, or broken: cells without its syntax must run all the same
-        return None
-    config = Config()
-    config.HistoryManager.enabled = False
-    config.InteractiveShell.colors = "NoColor"
-    before = set(space.names)
-    hook = sys.displayhook
-    made = InteractiveShell.instance(config=config, user_module=space.module)
+    before, hook = set(space.names), sys.displayhook
+    with _without_a_terminal():
+        try:
+            from IPython.core.interactiveshell import InteractiveShell  # type: ignore[import-not-found]  # noqa: PLC0415
+            from traitlets.config import Config  # type: ignore[import-not-found]  # noqa: PLC0415
+        except Exception:  # not installed, or broken: cells without its syntax must run all the same
+            return None
+        config = Config()
+        config.HistoryManager.enabled = False
+        config.InteractiveShell.colors = "NoColor"
+        made = InteractiveShell.instance(config=config, user_module=space.module)
     sys.displayhook = hook
     space.names.setdefault("get_ipython", made.get_ipython)
     space.own |= set(space.names) - before
     return made
+
+
+@contextmanager
+def _without_a_terminal() -> Iterator[None]:
+    """IPython that is imported in here leaves out half of itself: the line editor, which comes when somebody asks for
+    `IPython.embed`, and the completer's engine, which no cell needs.
+    """
+    if "IPython" in sys.modules:
+        yield
+        return
+    stand_in: Any = types.ModuleType(EMBED)
+    stand_in.embed = None
+    absent = {EMBED: stand_in} if "jedi" in sys.modules else {EMBED: stand_in, "jedi": None}
+    sys.modules.update(absent)
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
+    whole: Any = sys.modules.get("IPython")
+    if getattr(whole, "embed", stand_in) is None:
+        del whole.embed
+        whole.__getattr__ = _embed
+
+
+def _embed(name: str) -> Any:
+    """IPython's `__getattr__`."""
+    if name != "embed":
+        raise AttributeError("module 'IPython' has no attribute " + repr(name))
+    import importlib  # noqa: PLC0415
+
+    return importlib.import_module(EMBED).embed
 
 
 def _bundle(value: object) -> dict[str, Any]:

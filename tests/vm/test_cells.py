@@ -79,3 +79,13 @@ async def test_a_result_says_what_it_took(sandbox):
     assert (await sandbox.python("1")).peak_memory_bytes < 100 << 20
     child = await sandbox.python("import subprocess; subprocess.run(['python3', '-S', '-c', 'sum(range(300000))'])")
     assert child.cpu_time_s > 0.01
+
+
+async def test_of_ipython_only_what_cells_need_is_loaded(sandbox):
+    """The rest is there for who asks."""
+    loaded = "import sys\nprint(*(name in sys.modules for name in ('IPython', 'prompt_toolkit', 'jedi')))"
+    assert (await sandbox.python(loaded)).stdout == "True False False\n"
+    asked = "import IPython, jedi\nprint(IPython.embed.__module__, jedi.__name__)\nIPython.nothing"
+    result = await sandbox.python(asked)
+    assert result.stdout == "IPython.terminal.embed jedi\n"
+    assert result.stderr.endswith("AttributeError: module 'IPython' has no attribute 'nothing'\n")
