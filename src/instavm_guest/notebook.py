@@ -6,6 +6,7 @@ everybody uses are here. A cell comes here only after Python has refused it as a
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -53,8 +54,6 @@ def script(program: str) -> Callable[[str, str], None]:
 
 def pip(line: str) -> None:
     """Install into this very interpreter; what was installed can be imported at once."""
-    import importlib  # noqa: PLC0415
-
     code = shell(" ".join([shlex.quote(sys.executable), "-m pip", line]))
     importlib.invalidate_caches()
     if code:
@@ -223,8 +222,6 @@ def _embed(name: str) -> Any:
     """IPython's `__getattr__`."""
     if name != "embed":
         raise AttributeError("module 'IPython' has no attribute " + repr(name))
-    import importlib  # noqa: PLC0415
-
     return importlib.import_module(EMBED).embed
 
 
