@@ -15,7 +15,7 @@ from instavm_guest.frames import Message
 from instavm_guest.interpreter import Interpreter, javascript, python
 from instavm_guest.kept import Tasks
 from instavm_guest.processes import Processes, Refused
-from instavm_guest.programs import Programs
+from instavm_guest.programs import PASSED_ON, Programs
 
 SHELLS = {
     "bash": (("bash", "-c"),),
@@ -79,21 +79,22 @@ class Agent:
         timers = (self._programs, self._interpreter, self._javascript, self._disk)
         host = self._link.fileno()
         poll.register(host, select.POLLIN)
+        deadline: float | None = None
         while True:
-            deadline = None
-            for timer in timers:
-                at = timer.next_deadline()
-                if at is not None and (deadline is None or at < deadline):
-                    deadline = at
             wait = None if deadline is None else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+            changed = False
             for fd, event in poll.poll(wait):
                 if fd == host:
                     self._from_host(event)
-                elif fd in handlers:
-                    handlers[fd](fd)
+                    changed = True
+                elif fd in handlers and handlers[fd](fd) is not PASSED_ON:
+                    changed = True
             if deadline is not None and time.monotonic() >= deadline:
+                changed = True
                 for timer in timers:
                     timer.expire(time.monotonic())
+            if changed:
+                deadline = min((at for timer in timers if (at := timer.next_deadline()) is not None), default=None)
 
     def _from_host(self, event: int) -> None:
         data = self._link.read()
@@ -112,7 +113,9 @@ class Agent:
             return
         for kind, request, payload in received:
             try:
-                if kind >= frames.PUT:
+                if kind == frames.EXECUTE:
+                    self._execute(request, payload)
+                elif kind >= frames.PUT:
                     self._file(kind, request, payload)
                 else:
                     self._handle(kind, request, frames.decode_json(payload))
@@ -122,9 +125,7 @@ class Agent:
                 self.fail(request, "agent_error", f"{type(exc).__name__}: {exc}")
 
     def _handle(self, kind: int, request: int, message: Message) -> None:
-        if kind == frames.EXECUTE:
-            self._execute(request, message)
-        elif kind == frames.IDENTIFY:
+        if kind == frames.IDENTIFY:
             self._identified = False
             self._identity.take(message)
             self._interpreter.identify(message["env"])
@@ -181,24 +182,24 @@ class Agent:
         if not self._identified:
             raise Refused("not_identified", "this clone has no identity of its own yet")
 
-    def _execute(self, request: int, message: Message) -> None:
+    def _execute(self, request: int, payload: bytes) -> None:
         self._require_identity()
-        if "task" in message and self._tasks.joined(message["task"], request):
-            return
-        code, language, timeout_s = message["code"], message["language"], message["timeout_ms"] / 1000
-        if "task" in message:
-            if not code or self._tasks.forgotten(message["task"]):
+        language, timeout_ms, code, env, task = frames.read_execute(payload)
+        if task:
+            if self._tasks.joined(task, request):
+                return
+            if not code or self._tasks.forgotten(task):
                 self.fail(request, "unknown_task", "this sandbox does not know what became of that task")
                 return
-            self._tasks.begin(message["task"], request)
+            self._tasks.begin(task, request)
+        timeout_s = timeout_ms / 1000
         if language == "python":
-            self._interpreter.execute(request, code, message["env"], timeout_s)
+            self._interpreter.execute(request, code, env, timeout_s)
         elif language == "javascript":
-            self._javascript.execute(request, code, message["env"], timeout_s)
+            self._javascript.execute(request, code, env, timeout_s)
         else:
-            programs = [(*shell, code) for shell in SHELLS[language]]
-            env = {**self._env, **message["env"]} if message["env"] else self._env
-            self._programs.run(request, programs, env, self._cwd, timeout_s)
+            programs = [(*shell, code.decode("utf-8", "surrogatepass")) for shell in SHELLS[language]]
+            self._programs.run(request, programs, {**self._env, **env} if env else self._env, self._cwd, timeout_s)
 
     def _file(self, kind: int, request: int, payload: bytes) -> None:
         self._require_identity()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from instavm_guest import frames
 from instavm_guest.frames import Message
-from instavm_guest.programs import EXIT_MISSING, Output, Programs, memory_file, result
-from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, CUT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
+from instavm_guest.programs import EXIT_MISSING, Outputs, Programs, memory_file
+from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ PULSE_S = 0.02
 """How often the worker is told, while a cell runs, to write out what was printed without a newline."""
 FIRST_PULSE_S = 0.1
 """The same for the first cell of a clone: right after a restore nothing is done that the cell itself does not need."""
+LITTLE = 4 << 10
+"""Read at once of what the worker says, but for rich outputs: a longer buffer takes an emulated guest longer."""
 COUNT_CPU_AFTER_S = 0.2
 """From when on the CPU time of a cell is known even if its worker dies."""
 
@@ -63,7 +65,7 @@ def javascript() -> Kind:
 
 class Cell(NamedTuple):
     request: int
-    code: str
+    code: bytes
     env: dict[str, str]
     timeout_s: float
 
@@ -90,7 +92,7 @@ class Interpreter:
         self._line: socket.socket | None = None
         self._inbox = bytearray()
         self._number = 0
-        self._outputs: tuple[Output, Output] | None = None
+        self._outputs: Outputs | None = None
         self._env: dict[str, str] = {}
         self._cwd = "/app"
         self._fresh = 0
@@ -130,7 +132,7 @@ class Interpreter:
         """Variables for every cell from now on; the worker hears them with the next one."""
         self._new_env.update(env)
 
-    def execute(self, request: int, code: str, env: dict[str, str], timeout_s: float) -> None:
+    def execute(self, request: int, code: bytes, env: dict[str, str], timeout_s: float) -> None:
         self._queue.append(Cell(request, code, env, timeout_s))
         self._next()
 
@@ -139,7 +141,7 @@ class Interpreter:
             self._interrupt("cancelled")
         for cell in [cell for cell in self._queue if cell.request == request]:
             self._queue.remove(cell)
-            self._agent.answer(cell.request, result(0, 0.0, 0.0, 0, "cancelled"))
+            self._agent.send(frames.RAN, cell.request, frames.end_payload(0, 0.0, 0.0, 0, "cancelled"))
 
     def next_deadline(self) -> float | None:
         if self._deadline is None:
@@ -186,8 +188,8 @@ class Interpreter:
         source = memory_file(self._kind.source)
         pulse, self._pulse = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._pulse, False)
-        outputs = (Output(self._agent, frames.STDOUT), Output(self._agent, frames.STDERR))
-        fds = [null, outputs[0].write_end, outputs[1].write_end, theirs.fileno(), source, pulse]
+        outputs = Outputs(self._agent)
+        fds = [null, *outputs.write_ends(), theirs.fileno(), source, pulse]
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
         self._doomed = self._interrupted = self._unread = False
@@ -195,8 +197,7 @@ class Interpreter:
         for fd in (null, source, pulse):
             os.close(fd)
         theirs.close()
-        for output in outputs:
-            output.started()
+        outputs.started()
         self._agent.watch(ours.fileno(), self._heard)
 
     def _next(self) -> None:
@@ -208,12 +209,11 @@ class Interpreter:
         cell = self._current = self._queue.popleft()
         env = {**self._new_env, **cell.env}
         extra = json.dumps(env).encode() if env else b""
-        code = cell.code.encode("utf-8", "surrogatepass")
         first = bool(self._fresh)
         flags = self._fresh | (AWAIT if self._interrupted else 0)
         self._began = time.monotonic()
         try:
-            self._line.sendall(ASK.pack(flags, len(code), len(extra)) + code + extra)
+            self._line.sendall(ASK.pack(flags, len(cell.code), len(extra)) + cell.code + extra)
         except OSError:
             self._unread = True  # it died just now: _died sees to the cell
         # From here on it works, and we beside it; what it says is heard when we are back in the loop.
@@ -222,8 +222,7 @@ class Interpreter:
         self._reason = self._cpu_at_pulse = None
         self._restarted = self._interrupted = False
         self._fresh, self._new_env = 0, {}
-        for output in self._outputs:
-            output.request = cell.request
+        self._outputs.belong_to(cell.request)
         if first:
             self._rehearse_answer()
 
@@ -232,14 +231,15 @@ class Interpreter:
 
         Nothing is sent, but an emulator has then translated what comes between the end of the cell and its answer.
         """
-        self._drain()
+        assert self._outputs is not None
+        self._outputs.drain()
         _, _, exit_code, wall, cpu, peak_kib = ANSWER.unpack(ANSWER.pack(ANSWERED, 0, 0, 1e-3, 1e-3, 9000))
-        frames.encode(frames.DONE, 0, frames.json_payload(result(exit_code, wall, cpu, peak_kib, None)))
+        frames.encode(frames.RAN, 0, frames.end_payload(exit_code, wall, cpu, peak_kib, None, 0))
 
     def _heard(self, _fd: int) -> None:
         assert self._line is not None
         try:
-            data = self._line.recv(65536, socket.MSG_DONTWAIT)
+            data = self._line.recv(frames.CHUNK if self._output_left else LITTLE, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return  # told of a descriptor that was another one's until just now
         except ConnectionResetError:  # it closed without having read everything
@@ -264,12 +264,13 @@ class Interpreter:
             self._inbox += data
             return b""
         if data[0] != ANSWERED:
+            assert self._outputs is not None
             self._output_left = OUTPUT.unpack_from(data)[1]
-            self._drain()
+            self._outputs.drain()
             return data[size:]
         _, flags, exit_code, wall, cpu, peak_kib = ANSWER.unpack_from(data)
         if self._current is not None and not self._doomed:
-            self._finish(exit_code, wall, cpu, peak_kib, bool(flags & CUT))
+            self._finish(exit_code, wall, cpu, peak_kib, flags & frames.CUT)
         return data[size:]
 
     def _show(self, data: bytes) -> bytes:
@@ -280,11 +281,6 @@ class Interpreter:
             last = b"\0" if self._output_left else b"\1"
             self._agent.send(frames.OUTPUT, self._current.request, last + piece)
         return data[len(piece) :]
-
-    def _drain(self) -> None:
-        assert self._outputs is not None
-        for output in self._outputs:
-            output.drain()
 
     def _died(self, report: Message) -> None:
         """The worker process ended: crashed, killed, or told to by os._exit()."""
@@ -309,7 +305,7 @@ class Interpreter:
         else:
             self._restarted = ran
             wall = time.monotonic() - self._began
-            self._finish(report["exit"], wall, self._cpu_until_death(wall), report["rss_kib"], cut=False)
+            self._finish(report["exit"], wall, self._cpu_until_death(wall), report["rss_kib"], 0)
             if self._restarted and self._line is None:
                 self._start_worker()  # at once: the next cell's time shall be its own
 
@@ -318,19 +314,19 @@ class Interpreter:
         spent = self._cgroup.cpu_s() - self._cpu_at_pulse if self._cpu_at_pulse is not None else wall
         return min(spent, wall * (os.cpu_count() or 1))
 
-    def _finish(self, exit_code: int, wall: float, cpu: float, peak_kib: int, cut: bool) -> None:
+    def _finish(self, exit_code: int, wall: float, cpu: float, peak_kib: int, flags: int) -> None:
         cell, self._current, self._deadline = self._current, None, None
         assert cell is not None and self._outputs is not None
         if self._reason is not None:
             self._kill_children()
-        for output in self._outputs:
-            output.drain()
-            output.request = None
+        self._outputs.drain()
+        self._outputs.belong_to(None)
         reason = self._reason
         if reason is None and exit_code != 0:
             reason = self._why(exit_code)
-        lost, self._lost = self._restarted or self._lost, False
-        self._agent.answer(cell.request, result(exit_code, wall, cpu, peak_kib, reason, cut, lost))
+        if self._restarted or self._lost:
+            flags, self._lost = flags | frames.RESTARTED, False
+        self._agent.send(frames.RAN, cell.request, frames.end_payload(exit_code, wall, cpu, peak_kib, reason, flags))
         self._next()
 
     def _why(self, exit_code: int) -> str | None:

@@ -54,7 +54,7 @@ class Kept:
     def add(self, kind: int, payload: bytes) -> None:
         if kind in self._streams:
             self._streams[kind].add(payload)
-        elif kind in (frames.DONE, frames.FAILED):
+        elif kind in (frames.RAN, frames.FAILED):
             self._end = (kind, payload)
 
     def so_far(self) -> Iterator[tuple[int, bytes]]:
@@ -64,8 +64,8 @@ class Kept:
                 yield kind, piece
         if self._end is not None:
             kind, payload = self._end
-            if any(stream.left_out for stream in self._streams.values()):
-                payload = frames.json_payload({**frames.decode_json(payload), "cut": True})
+            if kind == frames.RAN and any(stream.left_out for stream in self._streams.values()):
+                payload = bytes([payload[0] | frames.CUT]) + payload[1:]
             yield kind, payload
 
 

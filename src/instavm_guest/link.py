@@ -45,10 +45,9 @@ class SerialLink:
             return b""
 
     def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
+        while data:
             try:
-                view = view[os.write(self._fd, view) :]
+                data = data[os.write(self._fd, data) :]
             except BlockingIOError:
                 self._wait_writable()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from instavm_guest import frames
 from instavm_guest.frames import Message
-from instavm_guest.programs import Output, Programs, result
+from instavm_guest.programs import Outputs, Programs
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class Process:
         self.pid: int | None = None
         self.number = 0
         self.cgroup = Cgroup(f"process-{self.name}")
-        self.ended: Message | None = None
+        self.ended: bytes | None = None
+        """How, as RAN would tell it."""
         self.waiting: dict[int, Message] = {}
         """Requests that are answered once there is something to tell, by number."""
         self._agent = agent
@@ -101,7 +102,7 @@ class Process:
         self._last_input = False
         self.stdin, self._write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._write_end, False)
-        self.outputs = tuple(Output(agent, kind, self._wrote) for kind in (frames.STDOUT, frames.STDERR))
+        self.outputs = Outputs(agent, self._wrote)
 
     def state(self) -> Message:
         told = {
@@ -114,22 +115,19 @@ class Process:
             "end": self.log.end,
             "stdin": self._write_end >= 0 and not self._last_input,
         }
-        return told if self.ended is None else {**told, "ended": self.ended}
+        return told if self.ended is None else {**told, "ended": self.ended.hex()}
 
     def started(self) -> None:
         os.close(self.stdin)
-        for output in self.outputs:
-            output.started()
+        self.outputs.started()
 
     def exited(self, report: Message) -> None:
-        for output in self.outputs:
-            output.drain()
-            output.sink = None  # what it left running may go on writing; the log of this process is complete
+        self.outputs.end()
         reason = None
         if report["exit"] != 0:
             reason = self.cgroup.refused() or ("disk_full" if disk_is_full(USER_ROOT) else None)
         wall, cpu = time.monotonic() - self._began, max(report["cpu"], self.cgroup.cpu_s())
-        self.ended = result(report["exit"], wall, cpu, report["rss_kib"], reason)
+        self.ended = frames.end_payload(report["exit"], wall, cpu, report["rss_kib"], reason)
         self.close_input()
         self.tell()
 
@@ -237,7 +235,7 @@ class Processes:
         if sum(one.ended is None for one in self._known.values()) >= RUNNING_MAX:
             raise Refused("too_many", f"{RUNNING_MAX} processes run already")
         process = Process(self._agent, ask, self._bound)
-        fds = [process.stdin, *(output.write_end for output in process.outputs)]
+        fds = [process.stdin, *process.outputs.write_ends()]
 
         def on_start(pid: int) -> None:
             process.pid = pid

@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import socket
-import termios
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 ARGUMENT_MAX = 100 << 10
 """Longest script that goes as an argument; the kernel's own limit is 128 KiB (MAX_ARG_STRLEN)."""
 PIPE_BYTES = 1 << 20
+LITTLE = 4 << 10
+"""Read at once of a pipe, until that was too little: a longer buffer takes an emulated guest longer."""
 DRAIN_READS = 32
-_NONE = bytes(4)
-"""FIONREAD's answer for a pipe that is empty."""
-EXIT_TIMEOUT = 124
-EXIT_CANCELLED = 130
+PASSED_ON = "bytes, and nothing else"
+"""What a handler of the agent's loop returns when it can't have changed a deadline."""
 EXIT_MISSING = 127
 """No such program in this image."""
 
@@ -37,9 +37,11 @@ class Output:
     What comes goes to `sink` if there is one, else to the host for `request` while there is one.
     """
 
-    def __init__(self, agent: Agent, kind: int, sink: Callable[[int, bytes], None] | None = None) -> None:
+    def __init__(self, agent: Agent, kind: int, pair: select.poll, sink: Callable[[int, bytes], None] | None) -> None:
         self._agent = agent
         self._kind = kind
+        self._pair = pair
+        self._ahead = LITTLE
         self.request: int | None = None
         self.sink = sink
         self._read, self.write_end = os.pipe2(os.O_CLOEXEC)
@@ -48,65 +50,75 @@ class Output:
             fcntl.fcntl(self._read, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         except OSError:
             pass  # the default of 64 KiB does too, only slower
-        agent.watch(self._read, self._ready)
+        pair.register(self._read, select.POLLIN)
+        agent.watch(self._read, self.ready)
+
+    def fileno(self) -> int:
+        return self._read
 
     def started(self) -> None:
         """The program has its end now; ours must go, or the pipe would never end."""
         os.close(self.write_end)
         self.write_end = -1
 
-    def drain(self) -> None:
-        """Pass on what is in the pipe by now; bounded, since another process may go on writing."""
-        for _ in range(DRAIN_READS):
-            if self._read < 0 or fcntl.ioctl(self._read, termios.FIONREAD, _NONE) == _NONE:
-                return
-            self._ready(self._read)
-
-    def _ready(self, _fd: int) -> bool:
+    def ready(self, _fd: int) -> object:
         try:
-            data = os.read(self._read, frames.CHUNK)
+            data = os.read(self._read, self._ahead)
         except BlockingIOError:
-            return False
+            return PASSED_ON
         except OSError:
             data = b""
         if not data:
-            self.close()
-            return False
+            self._close()
+            return PASSED_ON
+        self._ahead = frames.CHUNK if len(data) == self._ahead else LITTLE
         if self.request is not None:
             self._agent.send(self._kind, self.request, data)
         elif self.sink is not None:
             self.sink(self._kind, data)
-        return True
+        return PASSED_ON
 
-    def close(self) -> None:
-        if self._read >= 0:
-            self._agent.unwatch(self._read)
-            os.close(self._read)
-            self._read = -1
+    def _close(self) -> None:
+        self._pair.unregister(self._read)
+        self._agent.unwatch(self._read)
+        os.close(self._read)
+        self._read = -1
 
 
-def result(
-    exit_code: int,
-    wall: float,
-    cpu: float,
-    peak_kib: int,
-    reason: str | None,
-    cut: bool = False,
-    restarted: bool = False,
-) -> Message:
-    """What became of a request, as DONE tells it. A negative `exit_code` is the signal that ended it."""
-    told: Message = {"wall_us": int(wall * 1e6), "cpu_us": int(cpu * 1e6), "peak_kib": peak_kib, "reason": reason}
-    if exit_code < 0:
-        told["signal"] = -exit_code
-    if cut:
-        told["cut"] = True
-    if restarted:
-        told["restarted"] = True
-    if reason in ("timeout", "cancelled"):
-        told["exit_code"] = EXIT_TIMEOUT if reason == "timeout" else EXIT_CANCELLED
-    else:
-        told["exit_code"] = exit_code if exit_code >= 0 else 128 - exit_code
-    return told
+class Outputs:
+    """A program's stdout and stderr."""
+
+    def __init__(self, agent: Agent, sink: Callable[[int, bytes], None] | None = None) -> None:
+        self._poll = select.poll()
+        self._both = tuple(Output(agent, kind, self._poll, sink) for kind in (frames.STDOUT, frames.STDERR))
+
+    def write_ends(self) -> list[int]:
+        return [output.write_end for output in self._both]
+
+    def started(self) -> None:
+        for output in self._both:
+            output.started()
+
+    def belong_to(self, request: int | None) -> None:
+        """None: what is written belongs to nobody, and is dropped."""
+        for output in self._both:
+            output.request = request
+
+    def end(self) -> None:
+        """Pass on what was written until now. What still writes may go on: that is nobody's any more."""
+        self.drain()
+        for output in self._both:
+            output.request = output.sink = None
+
+    def drain(self) -> None:
+        """Pass on what is in the pipes by now; bounded, since another process may go on writing."""
+        out, err = self._both
+        for _ in range(DRAIN_READS):
+            waiting = self._poll.poll(0)
+            if not waiting:
+                return
+            for fd, _ in waiting:
+                (out if fd == out.fileno() else err).ready(fd)
 
 
 class Run:
@@ -119,9 +131,8 @@ class Run:
         self.deadline: float | None = self.began + timeout_s
         self.reason: str | None = None
         self.cgroup = Cgroup(f"run-{request}")
-        self.outputs = (Output(agent, frames.STDOUT), Output(agent, frames.STDERR))
-        for output in self.outputs:
-            output.request = request
+        self.outputs = Outputs(agent)
+        self.outputs.belong_to(request)
 
     def started(self, _pid: int) -> None:
         if self.reason is not None:  # its end was asked for when there was nothing in its group yet
@@ -133,14 +144,14 @@ class Run:
         self.cgroup.kill()
 
     def exited(self, report: Message) -> None:
-        for output in self.outputs:
-            output.drain()
-            output.request = None  # a background process may go on writing; nobody asks for that any more
+        self.outputs.end()
         reason = self.reason
         if reason is None and report["exit"] != 0:
             reason = self.cgroup.refused() or ("disk_full" if disk_is_full(USER_ROOT) else None)
         wall, cpu = time.monotonic() - self.began, max(report["cpu"], self.cgroup.cpu_s())
-        self._agent.answer(self.request, result(report["exit"], wall, cpu, report["rss_kib"], reason))
+        self._agent.send(
+            frames.RAN, self.request, frames.end_payload(report["exit"], wall, cpu, report["rss_kib"], reason)
+        )
 
 
 class Programs:
@@ -208,7 +219,7 @@ class Programs:
             programs = [(program[0], "/dev/fd/3") for program in programs]
         run = Run(self._agent, request, timeout_s)
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        fds = [null, *(output.write_end for output in run.outputs), *script]
+        fds = [null, *run.outputs.write_ends(), *script]
         self._runs[request] = run
         try:
             ended = partial(self._ended, run)
@@ -216,8 +227,7 @@ class Programs:
         finally:
             for fd in (null, *script):
                 os.close(fd)
-            for output in run.outputs:
-                output.started()
+            run.outputs.started()
 
     def cancel(self, request: int) -> None:
         if request in self._runs:

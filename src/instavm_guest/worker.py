@@ -46,7 +46,7 @@ AHEAD_BYTES = 4096
 AWAIT_MS = 500
 """How long it is waited for at most: the user's code may have taken the signal away from us."""
 ANSWERED, SHOWN = 0, 1  # first byte of what the worker sends
-CUT = 1  # a flag of an answer: outputs were dropped
+CUT = 1  # a flag of an answer: outputs were dropped; the same as in frames.py, which is not in here
 
 CO_COROUTINE = 0x80
 PACKAGE = "instavm_guest"
@@ -361,7 +361,7 @@ class Meter:
         self.me = os.getpid()
         self.wall_s = self.cpu_s = 0.0
         self.peak_kib = 0
-        self._children_kib = 0
+        self._children = resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             self._refs = moved_up(os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC))
         except OSError:
@@ -377,19 +377,18 @@ class Meter:
                 self._refs = -1
 
     def start(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), self._spent()[0]
+        if _thread._count() > 1:  # else nobody can have waited for a child since the last cell
+            self._children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
         self.wall_s = time.perf_counter() - self._wall
-        cpu, peak, children = self._spent()
-        self.cpu_s = max(0.0, cpu - self._cpu)
-        self.peak_kib = max(peak, children if children > self._children_kib else 0)
-        self._children_kib = children
-
-    def _spent(self) -> tuple[float, int, int]:
         own, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-        return cpu, own.ru_maxrss, children.ru_maxrss
+        before, self._children = self._children, children
+        cpu = own.ru_utime + own.ru_stime - self._cpu
+        cpu += children.ru_utime + children.ru_stime - before.ru_utime - before.ru_stime
+        self.cpu_s = max(0.0, cpu)
+        self.peak_kib = max(own.ru_maxrss, children.ru_maxrss if children.ru_maxrss > before.ru_maxrss else 0)
 
 
 class Streams:

@@ -16,7 +16,7 @@ from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
 COMMAND = Command("print(1)", "python", 5)
-GOOD = frames.json_payload({"exit_code": 0, "wall_us": 1, "cpu_us": 1, "reason": None})
+GOOD = frames.end_payload(0, 1e-6, 1e-6, 1, None)
 PAYLOADS = st.one_of(
     st.just(GOOD),
     st.binary(max_size=60),
@@ -105,7 +105,7 @@ async def test_any_conversation_ends_an_upload_with_its_place_or_a_typed_error(s
 
 async def test_a_guest_that_sends_a_byte_at_a_time_is_heard_out():
     outcome = await told(
-        lambda agent: agent.execute(COMMAND), [(frames.STDOUT, 0, b"1\n", 1), (frames.DONE, 0, GOOD, 1)], [1]
+        lambda agent: agent.execute(COMMAND), [(frames.STDOUT, 0, b"1\n", 1), (frames.RAN, 0, GOOD, 1)], [1]
     )
     assert outcome.stdout == "1\n"
 
@@ -137,7 +137,7 @@ async def test_a_guest_that_never_stops_talking_takes_no_memory(endless):
             finally:
                 tracemalloc.stop()
             assert peak < 24 << 20, f"{peak >> 20} MiB"
-            await play.send(frames.encode(frames.DONE, number, GOOD))
+            await play.send(frames.encode(frames.RAN, number, GOOD))
 
         tasks.start_soon(talk)
         with anyio.fail_after(60), suppress(InstaVMError):

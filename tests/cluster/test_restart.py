@@ -1,5 +1,6 @@
 """A server that dies, or is upgraded, while sandboxes run: nobody loses anything."""
 
+import json
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from servers import NOTHING
 
 from instavm.node import inventory
+from instavm_guest.frames import PROTOCOL
 
 
 def test_killed_with_ten_sandboxes_that_hold_state(servers):
@@ -41,6 +43,22 @@ def test_a_sandbox_that_died_with_the_server_is_told_from_one_that_lives(servers
     status = dead.get_session_status()
     assert not status["vm_alive"] and status["expires_in_seconds"] == 0
     assert "NameError" in dead.execute("print(x)").stderr, "a new sandbox has nothing of the old state"
+
+
+def test_a_sandbox_with_an_agent_of_another_version_is_ended(servers):
+    """What cannot be talked to is not kept: its user hears that it is gone, and gets a new one."""
+    servers.start()
+    client = servers.client()
+    client.execute("x = 1")
+    servers.end(signal.SIGKILL)
+    ((name, pid),) = inventory.running(servers.state / "machines").items()
+    note = servers.state / "machines" / name / "sandbox.json"
+    told = json.loads(note.read_text())
+    assert told.pop("protocol") == PROTOCOL > 1
+    note.write_text(json.dumps(told))
+    servers.start()
+    assert not client.get_session_status()["vm_alive"] and not psutil.pid_exists(pid)
+    assert client.execute("print('anew')").stdout == "anew\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])

@@ -104,10 +104,10 @@ async def test_a_sandbox_that_is_given_nothing_to_do_does_nothing(start):
 
 async def test_a_program_whose_end_is_asked_for_before_it_began_does_not_live_on(sandbox):
     agent = sandbox.node._live[sandbox.vm_id].prepared.agent
-    message = {"code": "sleep 2006", "language": "bash", "timeout_ms": 60_000, "env": {}}
+    payload = frames.execute_payload("bash", 60_000, "sleep 2006", {}, None)
     for _ in range(10):
         async with agent.exchange(Request(None)) as number:  # the block's end cancels it
-            await agent.send(frames.EXECUTE, number, frames.json_payload(message))
+            await agent.send(frames.EXECUTE, number, payload)
     with anyio.fail_after(20):
         while (await sandbox.bash("pgrep -fx 'sleep 2006' | wc -l")).stdout != "0\n":
             continue

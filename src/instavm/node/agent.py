@@ -13,28 +13,28 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import anyio
 from anyio.abc import ByteStream
 
 from instavm import limits
 from instavm.errors import ExecutionError, GuestProtocolError, InstaVMError, OutcomeUnknown
+from instavm.node.ended import ended
 from instavm.sandbox import Bundle, Command, Outcome, OutputSink, Stream
 from instavm_guest import frames
+
+R = TypeVar("R", bound="Request")
 
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
-MICROSECONDS_MAX = 10**15
-KIB_MAX = 1 << 40
-SIGNAL_MAX = 64
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
 SYNC_AGAIN_S = 0.5
 CLOCK_OFF_NS = 200_000_000
 """How old the time of an identity may be when it was taken; half a second is what users are promised."""
 PIECE_BYTES = 256 << 10
 """In pieces of about this size output is kept."""
-REASONS = frozenset({"timeout", "cancelled", "interpreter_crashed", "interpreter_missing", "oom", "pids", "disk_full"})
 
 
 class Capture:
@@ -157,6 +157,10 @@ class Request:
         """A frame about a file. Raises FrameError: this request has none."""
         raise frames.FrameError(f"kind {kind} answers a request that is not about a file")
 
+    def ran(self, payload: bytes) -> None:
+        """How a command has ended. Raises FrameError: this request is none."""
+        raise frames.FrameError("an end answers a request that runs nothing")
+
     def refusal(self, told: frames.Message) -> InstaVMError:
         """What it means that the guest could not carry it out."""
         return ExecutionError(f"the guest's agent: {str(told.get('message'))[:500]}")
@@ -167,6 +171,17 @@ class Request:
 
     def end(self) -> None:
         self.done.set()
+
+
+class Execution(Request):
+    """A command."""
+
+    told: bytes | None = None
+    """How it has ended, in the guest's words."""
+
+    def ran(self, payload: bytes) -> None:
+        self.told = payload
+        self.end()
 
 
 class Agent:
@@ -247,22 +262,22 @@ class Agent:
         return hello
 
     async def configure(self, env: dict[str, str], cwd: str) -> None:
-        await self._ask(frames.CONFIGURE, {"env": env, "cwd": cwd}, None)
+        await self._ask(frames.CONFIGURE, {"env": env, "cwd": cwd})
 
     async def rest(self) -> None:
         """The guest is about to be saved as a template; what it can do ahead for its clones, it starts now."""
-        await self._ask(frames.REST, {}, None)
+        await self._ask(frames.REST, {})
 
     async def identify(self, identity: dict[str, object]) -> None:
         """Make this clone someone of its own. Nothing may run in it before this has returned."""
-        await self._timely(await self._ask(frames.IDENTIFY, identity, None))
+        await self._timely(await self._ask(frames.IDENTIFY, identity))
 
     async def assign(self, identity: dict[str, object], wake: Callable[[], Awaitable[None]]) -> None:
         """Give this clone, which has been someone of its own all along and stands still, to whom it is for.
 
         wake: lets it go on; the message lies there already when it does. Raises as `identify` and as `wake`.
         """
-        await self._timely(await self._ask(frames.ASSIGN, identity, None, wake))
+        await self._timely(await self._ask(frames.ASSIGN, identity, wake))
 
     async def _timely(self, request: Request) -> None:
         told = (request.answer or {}).get("time_ns")
@@ -272,15 +287,15 @@ class Agent:
 
     async def stage_env(self, env: dict[str, str]) -> None:
         """Variables for everything that starts from now on. Raises as `execute`."""
-        await self._ask(frames.STAGE_ENV, {"env": env}, None)
+        await self._ask(frames.STAGE_ENV, {"env": env})
 
     async def freeze(self) -> None:
         """Hold the guest's disk still: all is written, nobody writes. Raises as `execute`."""
-        await self._ask(frames.FREEZE, {}, None)
+        await self._ask(frames.FREEZE, {})
 
     async def thaw(self) -> bool:
         """Returns: whether it was held still until now; after some seconds the guest lets go by itself."""
-        request = await self._ask(frames.THAW, {}, None)
+        request = await self._ask(frames.THAW, {})
         return request.answer is not None and request.answer.get("held") is True
 
     @asynccontextmanager
@@ -311,43 +326,46 @@ class Agent:
 
     async def execute(self, command: Command, on_output: OutputSink | None = None) -> Outcome:
         """Raises OutcomeUnknown, GuestProtocolError, ExecutionError."""
-        message: dict[str, object] = {
-            "code": command.code,
-            "language": command.language,
-            "timeout_ms": int(command.timeout_s * 1000),
-            "env": dict(command.env),
-        }
-        if command.task is not None:
-            message["task"] = command.task
+        timeout_ms = int(command.timeout_s * 1000)
+        payload = frames.execute_payload(command.language, timeout_ms, command.code, dict(command.env), command.task)
+        request = Execution(on_output)
         try:
             with anyio.fail_after(command.timeout_s + ANSWER_GRACE_S):
-                request = await self._ask(frames.EXECUTE, message, on_output)
+                await self._answered(frames.EXECUTE, payload, request, goes_on=command.task is not None)
         except TimeoutError:
             raise OutcomeUnknown("the guest's agent does not answer any more; the command may have run") from None
         return _outcome(request)
 
     async def _ask(
+        self, kind: int, message: dict[str, object], sent: Callable[[], Awaitable[None]] | None = None
+    ) -> Request:
+        return await self._answered(kind, frames.json_payload(message), Request(None), sent)
+
+    async def _answered(
         self,
         kind: int,
-        message: dict[str, object],
-        on_output: OutputSink | None,
+        payload: bytes,
+        request: R,
         sent: Callable[[], Awaitable[None]] | None = None,
-    ) -> Request:
+        *,
+        goes_on: bool = False,
+    ) -> R:
+        """goes_on: also when nobody waits for the answer any more."""
         if self._lost is not None:
             raise self._lost
         self._known = True
         number = next(self._numbers)
-        request = self._pending[number] = Request(on_output)
+        self._pending[number] = request
         try:
             async with self._sending:
-                await self._stream.send(frames.encode_json(kind, number, message))
+                await self._stream.send(frames.encode(kind, number, payload))
             if sent is not None:
                 await sent()
             await request.done.wait()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             raise self._lost or OutcomeUnknown("the sandbox was lost while the command was sent") from None
         except anyio.get_cancelled_exc_class():
-            if "task" not in message:  # a task goes on without us
+            if not goes_on:
                 await self._cancel(number)
             raise
         finally:
@@ -380,6 +398,8 @@ class Agent:
             request.output("stderr", payload)
         elif kind == frames.OUTPUT:
             request.rich(payload)
+        elif kind == frames.RAN:
+            request.ran(payload)
         elif kind == frames.DONE:
             request.answer = frames.decode_json(payload)
             request.end()
@@ -419,31 +439,27 @@ async def connected(stream: ByteStream) -> AsyncIterator[Agent]:
         raise raised
 
 
-def _outcome(request: Request) -> Outcome:
-    answer = request.answer
-    if answer is None:
+def _outcome(request: Execution) -> Outcome:
+    if request.told is None:
         raise GuestProtocolError("the guest ended a request without an answer")
-    exit_code, reason = answer.get("exit_code"), answer.get("reason")
-    if not isinstance(exit_code, int) or not -255 <= exit_code <= 255:
-        raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
-    reason = told_reason(reason)
+    end = ended(request.told)
     out, err = request.captures["stdout"], request.captures["stderr"]
     stderr = err.text()
-    if reason in _EXPLAINED:
-        stderr += _EXPLAINED[reason]
-    if answer.get("restarted") and reason != "interpreter_crashed":
+    if end.reason in _EXPLAINED:
+        stderr += _EXPLAINED[end.reason]
+    if end.restarted and end.reason != "interpreter_crashed":
         stderr += _EXPLAINED["interpreter_crashed"]
     return Outcome(
         stdout=out.text(),
         stderr=stderr,
-        exit_code=exit_code,
-        execution_time_s=told_seconds(answer.get("wall_us")),
-        cpu_time_s=told_seconds(answer.get("cpu_us")),
-        timed_out=reason == "timeout",
-        truncated=bool(out.left_out or err.left_out or request.outputs.left_out or answer.get("cut")),
-        reason=reason,
-        signal=told_signal(answer.get("signal")),
-        peak_memory_bytes=told_kib(answer.get("peak_kib", 0)) << 10,
+        exit_code=end.exit_code,
+        execution_time_s=end.wall_s,
+        cpu_time_s=end.cpu_s,
+        timed_out=end.reason == "timeout",
+        truncated=bool(out.left_out or err.left_out or request.outputs.left_out or end.cut),
+        reason=end.reason,
+        signal=end.signal,
+        peak_memory_bytes=end.peak_memory_bytes,
         outputs=tuple(request.outputs.kept),
     )
 
@@ -456,29 +472,3 @@ _EXPLAINED = {
     "disk_full": "[instavm] the sandbox's disk is full\n",
     "interpreter_crashed": "[instavm] the interpreter ended; its variables are gone, files are kept\n",
 }
-
-
-def told_reason(value: object) -> str | None:
-    """As what follows, of an answer. Raises: GuestProtocolError."""
-    if value is None or (isinstance(value, str) and value in REASONS):
-        return value
-    raise GuestProtocolError(f"the guest's reason is {str(value)[:40]}")
-
-
-def told_signal(value: object) -> int | None:
-    if value is not None and not (isinstance(value, int) and 0 < value <= SIGNAL_MAX):
-        raise GuestProtocolError(f"the guest's signal is {str(value)[:40]}")
-    return value
-
-
-def told_kib(value: object) -> int:
-    if not isinstance(value, int) or not 0 <= value < KIB_MAX:
-        raise GuestProtocolError(f"the guest's memory is {str(value)[:40]}")
-    return value
-
-
-def told_seconds(value: object) -> float:
-    """Of what the guest tells in microseconds."""
-    if not isinstance(value, int) or not 0 <= value < MICROSECONDS_MAX:
-        raise GuestProtocolError(f"the guest's time is {str(value)[:40]}")
-    return value / 1e6

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import anyio
 import anyio.abc
 
-from instavm.errors import DiskFull, InstaVMError, NoCapacity
+from instavm.errors import DiskFull, GuestProtocolError, InstaVMError, NoCapacity
 from instavm.node import identity
 from instavm.node.agent import Agent
 from instavm.node.layers import Layers, overlay
@@ -35,6 +35,7 @@ from instavm.node.snapshots import pin
 from instavm.node.templates import Template
 from instavm.node.vmm.base import Driver, Machine, Saved
 from instavm.sandbox import Command
+from instavm_guest.frames import PROTOCOL
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Record:
     template: str = ""
     """Empty in notes of versions that did not write it down: such a machine runs on, but can't be saved."""
     registries: list[list[Any]] = field(default_factory=list)
+    protocol: int = 1
+    """That its agent speaks; the first of them is that of notes which do not tell."""
 
 
 def read_record(home: Path) -> Record | None:
@@ -235,17 +238,21 @@ class Machines:
             for ready in (*shelf.warm, *shelf.spare):
                 await ready.aclose()
 
-    async def adopt(self, pid: int, home: Path, template: str) -> Prepared:
-        """A machine that an earlier server left running in `home`. Raises BootFailed, OutcomeUnknown, TimeoutError."""
+    async def adopt(self, pid: int, home: Path, record: Record) -> Prepared:
+        """A machine that an earlier server left running in `home`.
+
+        Raises BootFailed, OutcomeUnknown, TimeoutError; GuestProtocolError: its agent is one that this version can't talk to.
+        When it raises, the machine has been ended.
+        """
         machine = await self._driver.adopt(pid, home)
         try:
+            if record.protocol != PROTOCOL:
+                raise GuestProtocolError(f"its agent speaks protocol {record.protocol}, this server {PROTOCOL}")
             agent = Agent(await machine.dial())
             await agent.sync(ADOPT_S)
             self._lines.start_soon(agent.run)
-            record = read_record(home)
-            registries = () if record is None else from_json(record.registries)
             network = await self._networks.adopt(pid)
-            return Prepared(home, machine, agent, template, _nothing, network, registries)
+            return Prepared(home, machine, agent, record.template, _nothing, network, from_json(record.registries))
         except BaseException:
             await machine.aclose()
             raise

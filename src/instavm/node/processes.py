@@ -21,7 +21,8 @@ from instavm.errors import (
     ProcessNotFound,
     RateLimitError,
 )
-from instavm.node.agent import Agent, Request, told_kib, told_reason, told_seconds, told_signal
+from instavm.node.agent import Agent, Request
+from instavm.node.ended import ended
 from instavm.sandbox import Channel, ProcessEnd, ProcessLog, ProcessSpec, ProcessState, ProcessWait, Stream
 from instavm_guest import frames
 
@@ -136,7 +137,6 @@ def _state(told: dict[str, object] | None) -> ProcessState:
         raise GuestProtocolError("the guest's word about a process can't be read")
     begin, end = _whole(told.get("begin"), POSITION_MAX), _whole(told.get("end"), POSITION_MAX)
     started_ns = _whole(told.get("started_ns"), NANOSECONDS_MAX)
-    ended = told.get("ended")
     return ProcessState(
         id=name[:100],
         command=command,
@@ -146,22 +146,16 @@ def _state(told: dict[str, object] | None) -> ProcessState:
         takes_input=told.get("stdin") is True,
         log_begin=min(begin, end),
         log_end=end,
-        ended=_end(ended) if isinstance(ended, dict) else None,
+        ended=_end(told["ended"]) if "ended" in told else None,
     )
 
 
-def _end(told: dict[str, object]) -> ProcessEnd:
-    exit_code = told.get("exit_code")
-    if not isinstance(exit_code, int) or not 0 <= exit_code <= 255:
-        raise GuestProtocolError(f"the guest's exit code is {str(exit_code)[:40]}")
-    return ProcessEnd(
-        exit_code,
-        told_signal(told.get("signal")),
-        told_reason(told.get("reason")),
-        told_seconds(told.get("wall_us")),
-        told_seconds(told.get("cpu_us")),
-        told_kib(told.get("peak_kib", 0)) << 10,
-    )
+def _end(told: object) -> ProcessEnd:
+    try:
+        end = ended(bytes.fromhex(str(told)))
+    except ValueError:
+        raise GuestProtocolError(f"the guest's word about a process's end is {str(told)[:100]}") from None
+    return ProcessEnd(end.exit_code, end.signal, end.reason, end.wall_s, end.cpu_s, end.peak_memory_bytes)
 
 
 def _whole(value: object, top: int) -> int:

@@ -469,7 +469,7 @@ class Runtime:
     async def _adopt_one(self, name: str, pid: int, record: Record) -> None:
         home = self._machines.folder / name
         try:
-            prepared = await self._machines.adopt(pid, home, record.template)
+            prepared = await self._machines.adopt(pid, home, record)
             await prepared.machine.resume()  # the last server may have been killed while it saved this one
         except (InstaVMError, TimeoutError, OSError) as exc:
             log.warning("%s could not be adopted: %s", record.vm_id, exc)

@@ -23,6 +23,7 @@ from instavm.node.turns import Turns
 from instavm.node.vmm.base import Driver
 from instavm.sandbox import Egress, SandboxSpec, Started
 from instavm.settings import Settings
+from instavm_guest.frames import PROTOCOL
 
 
 class Starts:
@@ -64,7 +65,8 @@ class Starts:
                     steps.mark("egress")
             started = Started(spec.vm_id, self._driver.name, self._driver.tier, cold=cold, steps_ms=steps.ms)
             self.tally.started(prepared.stage, steps.ms, cold=cold)
-            prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, to_json(prepared.registries)))
+            registries = to_json(prepared.registries)
+            prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, registries, PROTOCOL))
         except BaseException:
             await prepared.aclose()
             raise
