@@ -169,7 +169,7 @@ class ProcessSpec:
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnd:
-    """How a process ended. Times are seconds. `signal`, `reason`: as in `Outcome`."""
+    """How a process or a command ended. Times are seconds. `signal`, `reason`: as in `Outcome`."""
 
     exit_code: int
     signal: int | None

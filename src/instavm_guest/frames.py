@@ -154,6 +154,11 @@ def end_payload(exit_code: int, wall_s: float, cpu_s: float, peak_kib: int, reas
     return _END.pack(flags, REASONS.index(reason), exit_code, wall_s, cpu_s, peak_kib)
 
 
+def cut(payload: bytes) -> bytes:
+    """The same end, of which outputs were left out."""
+    return bytes([payload[0] | CUT]) + payload[1:]
+
+
 def read_end(payload: bytes) -> End:
     """Its numbers are any that fit. Raises FrameError: it is none."""
     try:

@@ -319,8 +319,7 @@ class Interpreter:
         assert cell is not None and self._outputs is not None
         if self._reason is not None:
             self._kill_children()
-        self._outputs.drain()
-        self._outputs.belong_to(None)
+        self._outputs.end()
         reason = self._reason
         if reason is None and exit_code != 0:
             reason = self._why(exit_code)

@@ -65,7 +65,7 @@ class Kept:
         if self._end is not None:
             kind, payload = self._end
             if kind == frames.RAN and any(stream.left_out for stream in self._streams.values()):
-                payload = bytes([payload[0] | frames.CUT]) + payload[1:]
+                payload = frames.cut(payload)
             yield kind, payload
 
 

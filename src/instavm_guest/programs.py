@@ -99,8 +99,7 @@ class Outputs:
         for output in self._both:
             output.started()
 
-    def belong_to(self, request: int | None) -> None:
-        """None: what is written belongs to nobody, and is dropped."""
+    def belong_to(self, request: int) -> None:
         for output in self._both:
             output.request = request
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from instavm.errors import OutcomeUnknown, SessionEnded
-from instavm.node.agent import Request
+from instavm.node.agent import Execution
 from instavm.sandbox import EndReason
 from instavm_guest import frames
 
@@ -106,7 +106,7 @@ async def test_a_program_whose_end_is_asked_for_before_it_began_does_not_live_on
     agent = sandbox.node._live[sandbox.vm_id].prepared.agent
     payload = frames.execute_payload("bash", 60_000, "sleep 2006", {}, None)
     for _ in range(10):
-        async with agent.exchange(Request(None)) as number:  # the block's end cancels it
+        async with agent.exchange(Execution(None)) as number:  # the block's end cancels it
             await agent.send(frames.EXECUTE, number, payload)
     with anyio.fail_after(20):
         while (await sandbox.bash("pgrep -fx 'sleep 2006' | wc -l")).stdout != "0\n":

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import anyio
 from anyio.abc import ByteStream
@@ -23,8 +22,6 @@ from instavm.errors import ExecutionError, GuestProtocolError, InstaVMError, Out
 from instavm.node.ended import ended
 from instavm.sandbox import Bundle, Command, Outcome, OutputSink, Stream
 from instavm_guest import frames
-
-R = TypeVar("R", bound="Request")
 
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
@@ -339,18 +336,20 @@ class Agent:
     async def _ask(
         self, kind: int, message: dict[str, object], sent: Callable[[], Awaitable[None]] | None = None
     ) -> Request:
-        return await self._answered(kind, frames.json_payload(message), Request(None), sent)
+        request = Request(None)
+        await self._answered(kind, frames.json_payload(message), request, sent)
+        return request
 
     async def _answered(
         self,
         kind: int,
         payload: bytes,
-        request: R,
+        request: Request,
         sent: Callable[[], Awaitable[None]] | None = None,
         *,
         goes_on: bool = False,
-    ) -> R:
-        """goes_on: also when nobody waits for the answer any more."""
+    ) -> None:
+        """Until the guest has answered. goes_on: it carries that out also when nobody waits any more."""
         if self._lost is not None:
             raise self._lost
         self._known = True
@@ -372,7 +371,6 @@ class Agent:
             del self._pending[number]
         if request.error is not None:
             raise request.error
-        return request
 
     async def _cancel(self, number: int) -> None:
         """Nobody waits for the answer any more, so the guest need not go on."""
@@ -442,12 +440,12 @@ async def connected(stream: ByteStream) -> AsyncIterator[Agent]:
 def _outcome(request: Execution) -> Outcome:
     if request.told is None:
         raise GuestProtocolError("the guest ended a request without an answer")
-    end = ended(request.told)
+    end, flags = ended(request.told)
     out, err = request.captures["stdout"], request.captures["stderr"]
     stderr = err.text()
     if end.reason in _EXPLAINED:
         stderr += _EXPLAINED[end.reason]
-    if end.restarted and end.reason != "interpreter_crashed":
+    if flags & frames.RESTARTED and end.reason != "interpreter_crashed":
         stderr += _EXPLAINED["interpreter_crashed"]
     return Outcome(
         stdout=out.text(),
@@ -456,7 +454,7 @@ def _outcome(request: Execution) -> Outcome:
         execution_time_s=end.wall_s,
         cpu_time_s=end.cpu_s,
         timed_out=end.reason == "timeout",
-        truncated=bool(out.left_out or err.left_out or request.outputs.left_out or end.cut),
+        truncated=bool(out.left_out or err.left_out or request.outputs.left_out or flags & frames.CUT),
         reason=end.reason,
         signal=end.signal,
         peak_memory_bytes=end.peak_memory_bytes,

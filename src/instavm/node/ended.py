@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from instavm.errors import GuestProtocolError
+from instavm.sandbox import ProcessEnd
 from instavm_guest import frames
 
 SECONDS_MAX = 10**9
@@ -17,20 +16,8 @@ EXIT_OF_REASON = {"timeout": 124, "cancelled": 130}
 """Whatever it was that it left with when we stopped it: as timeout(1) and a shell after Ctrl-C tell it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    exit_code: int
-    signal: int | None
-    reason: str | None
-    wall_s: float
-    cpu_s: float
-    peak_memory_bytes: int
-    cut: bool
-    restarted: bool
-
-
-def ended(payload: bytes) -> Ended:
-    """Raises GuestProtocolError: it tells no end, or one that can't be."""
+def ended(payload: bytes) -> tuple[ProcessEnd, int]:
+    """What RAN tells, and its flags. Raises GuestProtocolError: it tells no end, or one that can't be."""
     try:
         told = frames.read_end(payload)
     except frames.FrameError as exc:
@@ -44,13 +31,6 @@ def ended(payload: bytes) -> Ended:
         raise GuestProtocolError(f"the guest's memory is {told.peak_kib} KiB")
     by_signal = -told.exit_code if told.exit_code < 0 else None
     exit_code = told.exit_code if by_signal is None else EXIT_OF_SIGNAL + by_signal
-    return Ended(
-        EXIT_OF_REASON.get(told.reason, exit_code) if told.reason else exit_code,
-        by_signal,
-        told.reason,
-        told.wall_s,
-        told.cpu_s,
-        told.peak_kib << 10,
-        bool(told.flags & frames.CUT),
-        bool(told.flags & frames.RESTARTED),
-    )
+    if told.reason is not None:
+        exit_code = EXIT_OF_REASON.get(told.reason, exit_code)
+    return ProcessEnd(exit_code, by_signal, told.reason, told.wall_s, told.cpu_s, told.peak_kib << 10), told.flags

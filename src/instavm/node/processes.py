@@ -152,10 +152,9 @@ def _state(told: dict[str, object] | None) -> ProcessState:
 
 def _end(told: object) -> ProcessEnd:
     try:
-        end = ended(bytes.fromhex(str(told)))
+        return ended(bytes.fromhex(str(told)))[0]
     except ValueError:
         raise GuestProtocolError(f"the guest's word about a process's end is {str(told)[:100]}") from None
-    return ProcessEnd(end.exit_code, end.signal, end.reason, end.wall_s, end.cpu_s, end.peak_memory_bytes)
 
 
 def _whole(value: object, top: int) -> int:
