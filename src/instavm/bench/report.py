@@ -109,6 +109,7 @@ def plot(path: Path, facts: Mapping[str, Any], results: Results) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("ms: median, and up to the 95th percentile")
     figure.suptitle(headline(facts), fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from instavm.errors import HostNotReady
+from instavm.errors import HostNotReady, InvalidInput
 
 if TYPE_CHECKING:
     from instavm.bench.report import Results
@@ -50,16 +51,31 @@ def bench(
     """Medians and percentiles with the machine's facts. Nothing else should run meanwhile."""
     from instavm.bench import report  # noqa: PLC0415 (the server's libraries are an extra)
 
+    _can_be_kept("json", json_file)
+    _can_be_kept("plot", plot)
+    if plot is not None:
+        _can_be_drawn(plot)
     facts = {**report.machine(), "count": count, "vcpus": cpu, "sandbox_memory_mib": memory}
     results = _measures()[what](count, cpu, memory)
     print(report.markdown(facts, results) if markdown else report.table(facts, results))
     if json_file is not None:
         report.save(json_file, facts, results)
     if plot is not None:
-        try:
-            report.plot(plot, facts, results)
-        except ModuleNotFoundError as exc:
-            raise HostNotReady(f"a plot needs {exc.name}: pip install 'instavm-selfhosted[bench]'") from None
+        report.plot(plot, facts, results)
+
+
+def _can_be_kept(option: str, file: Path | None) -> None:
+    """Before minutes are spent on what goes there. Raises InvalidInput."""
+    if file is not None and file.is_dir():
+        raise InvalidInput(option, str(file), "a file, not a folder")
+
+
+def _can_be_drawn(file: Path) -> None:
+    """Raises InvalidInput, HostNotReady."""
+    if file.suffix not in (".png", ".svg"):
+        raise InvalidInput("plot", str(file), "a name that ends in .png or .svg")
+    if find_spec("matplotlib") is None:
+        raise HostNotReady("a plot needs matplotlib: pip install 'instavm-selfhosted[bench]'")
 
 
 def _measures() -> dict[Subject, Callable[[int, int, int], Results]]:

@@ -29,6 +29,6 @@ def test_figures_come_with_their_units():
 def test_results_are_kept_with_their_machine_and_drawn(tmp_path):
     report.save(tmp_path / "folder" / "r.json", FACTS, RESULTS)
     assert json.loads((tmp_path / "folder" / "r.json").read_text()) == {"machine": FACTS, "results": RESULTS}
-    for name, begins in (("p.png", b"\x89PNG"), ("p.svg", b"<?xml")):
+    for name, begins in (("p.png", b"\x89PNG"), ("another/p.svg", b"<?xml")):
         report.plot(tmp_path / name, FACTS, RESULTS)
         assert (tmp_path / name).read_bytes().startswith(begins)

@@ -49,6 +49,16 @@ def test_a_command_line_that_cannot_be_read(capsys):
     assert "no-such-command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "allowed"),
+    [("json", ".", "a file, not a folder"), ("plot", "p.jpg", "a name that ends in .png or .svg")],
+)
+def test_where_results_cannot_go_is_told_before_anything_is_measured(capsys, option, file, allowed):
+    assert run(["bench", f"--{option}", file]) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"Error: {option}: {file!r} is not allowed; allowed: {allowed}\n")
+
+
 def test_doctor_says_what_is_missing_and_what_to_do(capsys):
     status = run(["doctor", "--json"])
     checks = json.loads(capsys.readouterr().out)
