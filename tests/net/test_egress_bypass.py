@@ -45,6 +45,12 @@ async def rules(sandbox, **about):
     return {one.rule for one in await sandbox.log() if all(getattr(one, key) == value for key, value in about.items())}
 
 
+async def refused(sandbox, rule):
+    """How often a connection to good.test was, by this rule: the log is that of all tests before, too."""
+    found = [one for one in await sandbox.log() if (one.name, one.rule, one.allowed) == ("good.test", rule, False)]
+    return sum(one.count for one in found)
+
+
 async def test_tls_must_name_what_was_looked_up(listed, internet):
     assert (await listed.python(TLS.format(where="good.test", sni="good.test"))).stdout == "b'HTTP/1.1 200'\n"
     for sni in ("evil.test", "cdn.test", None):
@@ -75,9 +81,11 @@ async def test_the_right_name_at_another_address(listed, internet):
     ],
 )
 async def test_http_must_name_what_was_looked_up(listed, internet, said, rule):
+    before = await refused(listed, rule)
     done = await listed.python(RAW.format(where="good.test", port=80, data=said))
     assert "200 OK" not in done.stdout
-    assert rule in await rules(listed, name="good.test", allowed=False)
+    assert "TimeoutError" not in done.stdout, "it was left waiting"
+    assert await refused(listed, rule) == before + 1
     assert not [line for line in internet.seen if "http" in line or "tls" in line]
 
 
