@@ -101,6 +101,14 @@ async def test_a_second_request_cannot_hide_behind_the_first(listed, internet):
     assert [line for line in internet.seen if "/one" in line]
 
 
+async def test_what_is_no_request_behind_the_first_is_refused_at_once(listed, internet):
+    before = await refused(listed, "not_tls_or_http")
+    said = b"GET /one HTTP/1.1\r\nHost: good.test\r\n\r\nSSH-2.0-OpenSSH_9.2\r\n"
+    done = await listed.python(RAW.format(where="good.test", port=80, data=said))
+    assert "TimeoutError" not in done.stdout, "it was left waiting"
+    assert await refused(listed, "not_tls_or_http") == before + 1
+
+
 async def test_an_encrypted_hello_is_refused(listed, internet):
     """Its outer name is allowed; the inner one nobody can see, so there must be none."""
     hello = client_hello("good.test")

@@ -27,8 +27,6 @@ Dial = Callable[[], Awaitable[tuple[socket.socket, bytes]]]
 async def first_head(place: Place, guest: socket.socket, head: bytes, name: str) -> bytes:
     """Read on until the first request's head is there and is one that may pass. Raises Refused."""
     while True:
-        if _other_protocol(head):  # h11 would wait for the rest of a head that never comes
-            raise Refused("not_tls_or_http")
         talk = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_MAX)
         talk.receive_data(head)
         event = _understood(talk)
@@ -149,19 +147,22 @@ async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]]) -> A
         talk.receive_data(await more())
 
 
-def _other_protocol(head: bytes) -> bool:
-    """Whether a whole first line is there and asks for nothing in HTTP, as that of an SSH client."""
-    line, ended, _ = head.partition(b"\n")
-    return bool(ended) and not line.rstrip().rpartition(b" ")[2].startswith(b"HTTP/")
-
-
 def _understood(talk: h11.Connection) -> Any:
     try:
-        return talk.next_event()
+        event = talk.next_event()
     except h11.RemoteProtocolError as exc:
         if talk.our_role is h11.CLIENT:
             raise OSError(f"the server speaks no HTTP: {exc}") from exc
         raise Refused("not_tls_or_http") from exc
+    if event is h11.NEED_DATA and talk.their_state is h11.IDLE and _other_protocol(talk.trailing_data[0]):
+        raise Refused("not_tls_or_http")  # h11 would wait for the rest of a head that never comes
+    return event
+
+
+def _other_protocol(head: bytes) -> bool:
+    """Whether a whole first line is there and asks for nothing in HTTP, as that of an SSH client."""
+    line, ended, _ = head.partition(b"\n")
+    return bool(ended) and not line.rstrip().rpartition(b" ")[2].startswith(b"HTTP/")
 
 
 def _open_still(outside: socket.socket) -> bool:
