@@ -24,6 +24,7 @@ InstaVMError
 ├── RateLimitError          try again later
 │   └── NoCapacity          the host is full
 ├── HostNotReady            this host lacks something: says what, and how to get it
+│   ├── NodeUnresponsive       the process that runs the sandboxes does not answer: they are kept, try again later
 │   ├── ServerStopping         the server is about to end and begins nothing any more: repeat the call at the next one
 │   └── IsolationTooWeak       it can't confine a sandbox as strongly as was asked for; none was started
 ├── BootFailed              the sandbox did not come up; nothing of it is left
@@ -155,6 +156,12 @@ class NoCapacity(RateLimitError):
 
 class HostNotReady(InstaVMError):
     code = "host_not_ready"
+
+
+class NodeUnresponsive(HostNotReady):
+    """The node's process does not answer. Its sandboxes are kept; what was asked for may or may not have happened."""
+
+    code = "node_unresponsive"
 
 
 class ServerStopping(HostNotReady):

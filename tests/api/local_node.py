@@ -293,6 +293,9 @@ class LocalNode:
         self._place(vm_id)
         return Isolation({"vm_id": vm_id, "tier": "emulated"}, "not signed", "no key")
 
+    async def responds(self, within_s: float) -> bool:
+        return True
+
     def memory(self) -> HostMemory:
         return self.host
 

@@ -19,8 +19,8 @@ from instavm.control.node import Node
 from instavm.errors import InstaVMError
 from instavm.sandbox import Ended
 
-HERE: Final = frozenset({"on_end", "memory"})
-"""Methods that are answered without asking: they return at once."""
+HERE: Final = frozenset({"on_end", "memory", "responds"})
+"""Methods that `RemoteNode` answers by itself."""
 
 
 @dataclass(frozen=True, slots=True)

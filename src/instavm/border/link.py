@@ -39,6 +39,8 @@ class Kind(IntEnum):
     ITEM = 8  # bytes of the stream that is the result
     ENDED = 9  # no call's: a sandbox ended by itself
     SIGNAL = 10  # no call's, node to control: the server was asked to end
+    PING = 11  # no call's, control to node: answered with a PONG of the same number as soon as it is read
+    PONG = 12
 
 
 class Link(asyncio.Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,12 +15,20 @@ from instavm.border.calls import ENDED, METHODS, Bytes, Callback, Method, Value,
 from instavm.border.flow import Receiving, Sending
 from instavm.border.link import Kind, Link, linked
 from instavm.control.node import Node
-from instavm.errors import InstaVMError, OutcomeUnknown
+from instavm.errors import InstaVMError, NodeUnresponsive, OutcomeUnknown
 from instavm.node import memory
 from instavm.sandbox import Ended, HostMemory, Tier
 
+log = logging.getLogger(__name__)
+
 UNWIND_S: Final = 30.0
 """How long a call that was cancelled may take to undo what it has begun."""
+PING_S: Final = 1.0
+"""While calls are open, the node is asked this often whether it is still there."""
+SILENT_PINGS: Final = 5
+"""After so many intervals without any message the node counts as unresponsive, until its next message."""
+ALWAYS_SENT: Final = frozenset({"stop"})
+"""Methods that are sent to an unresponsive node too and wait for it: what control has ended must end."""
 
 
 class Asked:
@@ -55,6 +64,12 @@ class RemoteNode:
         self._numbers = itertools.count(1)
         self._asked: dict[int, Asked] = {}
         self._on_end: Callable[[Ended], None] = lambda ended: None
+        self._messages = 0
+        """How many the node has sent."""
+        self._pings: dict[int, anyio.Event] = {}
+        self._called = anyio.Event()
+        """Set while calls are open, or were a moment ago."""
+        self._unresponsive = False
         self.on_signal: Callable[[int], None] = lambda number: None
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -73,8 +88,57 @@ class RemoteNode:
         """The node is on this host."""
         return memory.now()
 
+    async def responds(self, within_s: float) -> bool:
+        if self._unresponsive:
+            return False
+        number, event = next(self._numbers), anyio.Event()
+        self._pings[number] = event
+        self.link.send(Kind.PING, number)
+        try:
+            with anyio.move_on_after(within_s):
+                await event.wait()
+                return True
+            return False
+        finally:
+            del self._pings[number]
+
+    async def watch(self) -> None:
+        """Notice a node that stops answering while calls are open (a stopped process, a host that swaps), and that it is back.
+
+        Intervals without a message are counted, not seconds: if this process itself stood still, that is one interval.
+        """
+        quiet = 0
+        while True:
+            await self._called.wait()
+            seen = self._messages
+            if quiet == 0:  # one unanswered ping at a time: nothing piles up at a node that does not read
+                self.link.send(Kind.PING, 0)
+            await anyio.sleep(PING_S)
+            quiet = 0 if self._messages != seen else quiet + 1
+            if quiet >= SILENT_PINGS and not self._unresponsive:
+                self._give_up()
+            if not (quiet or self._asked):
+                self._called = anyio.Event()
+
+    def _give_up(self) -> None:
+        """Fail the calls that are open; the node is told to abandon them when it goes on."""
+        self._unresponsive = True
+        log.error("the node does not answer any more: calls to it are refused until it does")
+        for number, asked in self._asked.items():
+            if asked.method.name not in ALWAYS_SENT:
+                self.link.send(Kind.CANCEL, number)
+                asked.fail(_unresponsive())
+
     def take(self, kind: Kind, number: int, body: Any) -> None:
         """Raises ValueError, TypeError: it is no message that a node sends."""
+        self._messages += 1
+        if self._unresponsive:
+            self._unresponsive = False
+            log.warning("the node answers again")
+        if kind is Kind.PONG:
+            if (ping := self._pings.get(number)) is not None:
+                ping.set()
+            return
         if kind is Kind.ENDED:
             self._on_end(loaded(ENDED, body))
             return
@@ -110,6 +174,9 @@ class RemoteNode:
         """A call that has been sent; what has not been answered when the block ends is cancelled and waited for."""
         if self.link.closed.is_set():
             raise OutcomeUnknown("the node is gone")
+        if self._unresponsive and method.name not in ALWAYS_SENT:
+            raise _unresponsive()
+        self._called.set()
         number = next(self._numbers)
         asked = self._asked[number] = Asked(method, given, lambda size: self.link.send(Kind.MORE, number, size))
         sources = [given[name] for name, kind in method.parameters.items() if isinstance(kind, Bytes)]
@@ -165,6 +232,13 @@ class RemoteNode:
         return plain
 
 
+def _unresponsive() -> NodeUnresponsive:
+    return NodeUnresponsive(
+        "the process that runs the sandboxes does not answer; they are kept. What was asked for may or may not have happened:"
+        " try again later"
+    )
+
+
 @asynccontextmanager
 async def connected(
     end: socket.socket, lost: Callable[[], None] = lambda: None, on_signal: Callable[[int], None] = lambda number: None
@@ -184,6 +258,7 @@ async def connected(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch)
+        tasks.start_soon(remote.watch)
         try:
             node = cast(Node, remote)
             remote.tier = (await node.info()).tier

@@ -71,6 +71,9 @@ class Service:
                 call.incoming = Receiving(lambda size: self.link.send(Kind.MORE, number, size))
             self._tasks.start_soon(self._run, number, call, METHODS[name], given, name=f"{name} {number}")
             return
+        if kind is Kind.PING:
+            self.link.send(Kind.PONG, number)
+            return
         known = self._calls.get(number)
         if known is None:
             return  # it has ended, which control hears or has heard

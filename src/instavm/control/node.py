@@ -182,6 +182,10 @@ class Node(Protocol):
         """
         ...
 
+    async def responds(self, within_s: float) -> bool:
+        """Whether the node's process handles messages now. Returns: False when it does not within `within_s` seconds."""
+        ...
+
     def memory(self) -> HostMemory:
         """As the host tells it now. Quick: it is asked before every start."""
         ...

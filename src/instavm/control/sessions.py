@@ -370,15 +370,13 @@ class Sessions:
             if vm is not None:
                 vm.ask_end(EndReason.KILLED)
             await self._store.journal.written(mark)
-            if vm is not None and vm.rest is not None:
-                await vm.rest.over.wait()
-            elif (rest := session.at_rest()) is not None:
+            if (vm is None or vm.rest is None) and (rest := session.at_rest()) is not None:
                 await self._forget(rest.id)
                 self._rows.lose_vm(rest, EndReason.KILLED, "killed while it was suspended")
                 session.vm, session.past = None, replace(rest, state=State.ENDED, why=EndReason.KILLED)
             session.wake()
         if vm is not None:
-            await vm.gone.wait()
+            await self._vms.removed(vm)
         latest = session.latest()
         self._known.pop(session.id, None)
         return None if latest is None else latest.id

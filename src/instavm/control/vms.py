@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ON_PURPOSE: Final = (EndReason.KILLED, EndReason.LIFETIME, EndReason.SERVER_STOPPED)
 """Ends of sandboxes that are well until then."""
+RESPONDS_S: Final = 0.08
+"""How long a kill waits for a sign of life from the node before it is answered without it."""
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
 
@@ -79,6 +81,8 @@ class Vm:
     lifetime: anyio.CancelScope | None = None
     """Ends when its lifetime does; None until it is ready."""
     asked: anyio.Event = field(default_factory=anyio.Event)
+    killed: anyio.Event = field(default_factory=anyio.Event)
+    """Set when its end was asked for by its user: a suspend that is under way is not waited for."""
     asked_why: EndReason | None = None
     asked_detail: str | None = None
     asked_rest: bool = False
@@ -107,6 +111,8 @@ class Vm:
         """Have it ended. The first one to ask gives the reason."""
         if self.usable:
             self.asked_why, self.asked_detail = why, detail
+            if why is EndReason.KILLED:
+                self.killed.set()
             self.boot.cancel()
             self.asked.set()
 
@@ -265,6 +271,22 @@ class Vms:
         self._tasks.start_soon(copies.make, [child.spec for child in children], name=f"copies of {parent.id}")
         return children
 
+    async def removed(self, vm: Vm) -> None:
+        """Wait until nothing is left of a sandbox whose end was asked for.
+
+        When the node does not answer, return before that: the sandbox stays `ending` until the node goes on.
+        """
+        async with anyio.create_task_group() as tasks:
+
+            async def look() -> None:
+                if not await self._node.responds(RESPONDS_S):
+                    log.warning("%s ends as soon as the node answers again", vm.id)
+                    tasks.cancel_scope.cancel()
+
+            tasks.start_soon(look)
+            await vm.gone.wait()
+            tasks.cancel_scope.cancel()
+
     async def end_all(self, why: EndReason) -> None:
         """End every sandbox, accept no new one, and wait until nothing is left."""
         self._stopping = True
@@ -330,16 +352,10 @@ class Vms:
 
     async def _put_to_rest(self, vm: Vm, rest: Rest) -> None:
         self._move(vm, State.SUSPENDING)
-        try:
-            rest.stored = await self._node.suspend(vm.id)
-        except (SessionEnded, OutcomeUnknown) as exc:
-            rest.error = exc
-            vm.ask_end(EndReason.CRASHED, str(exc))
-        except InstaVMError as exc:
-            rest.error = exc
-        except Exception:
-            log.exception("putting %s to rest failed in a way that the node does not know", vm.id)
-            rest.error = BootFailed(f"{vm.id} could not be put to rest: internal error")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._stop_when_killed, vm)
+            await self._suspend(vm, rest)
+            tasks.cancel_scope.cancel()
         vm.rest, vm.asked_rest = None, False
         if rest.error is None:
             await self._keep_egress_log(vm)
@@ -351,6 +367,24 @@ class Vms:
                 vm.asked = anyio.Event()
                 self._move(vm, State.ACTIVE)
         rest.over.set()
+
+    async def _stop_when_killed(self, vm: Vm) -> None:
+        """A VMM that does not answer holds up a suspend, but not the kill that comes meanwhile."""
+        await vm.killed.wait()
+        with contextlib.suppress(InstaVMError):  # the removal of the sandbox asks for the same again, and reports it
+            await self._node.stop(vm.id)
+
+    async def _suspend(self, vm: Vm, rest: Rest) -> None:
+        try:
+            rest.stored = await self._node.suspend(vm.id)
+        except (SessionEnded, OutcomeUnknown) as exc:
+            rest.error = exc
+            vm.ask_end(EndReason.CRASHED, str(exc))
+        except InstaVMError as exc:
+            rest.error = exc
+        except Exception:
+            log.exception("putting %s to rest failed in a way that the node does not know", vm.id)
+            rest.error = BootFailed(f"{vm.id} could not be put to rest: internal error")
 
     async def _replace(self, vm: Vm, was: VmRow) -> None:
         """It goes on from one that was at rest: that one is over, and what was stored of it goes."""

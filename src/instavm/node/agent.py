@@ -27,6 +27,11 @@ RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
+ANSWER_S = 30.0
+"""How long the agent may take for what does not wait for anything of the user's."""
+LATE_S = 2.0
+"""How long an answer is looked for once more after its deadline: when this process itself stood still (a stopped server, a
+laptop that slept), the deadline is over on its return while the answer lies unread in the socket."""
 SYNC_AGAIN_S = 0.5
 CLOCK_OFF_NS = 200_000_000
 """How old the time of an identity may be when it was taken; half a second is what users are promised."""
@@ -314,10 +319,13 @@ class Agent:
                 await self._cancel(number)
 
     async def send(self, kind: int, number: int, payload: bytes) -> None:
-        """One frame of an exchange. Raises OutcomeUnknown when the line is gone."""
+        """One frame of an exchange. Raises OutcomeUnknown when the line is gone, or nothing is read at its other end."""
         try:
-            async with self._sending:
-                await self._stream.send(frames.encode(kind, number, payload))
+            with anyio.fail_after(ANSWER_S):
+                async with self._sending:
+                    await self._stream.send(frames.encode(kind, number, payload))
+        except TimeoutError:
+            raise OutcomeUnknown("the guest's agent does not read any more") from None
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             raise self._lost or OutcomeUnknown("the sandbox was lost on the way") from None
 
@@ -326,11 +334,8 @@ class Agent:
         timeout_ms = int(command.timeout_s * 1000)
         payload = frames.execute_payload(command.language, timeout_ms, command.code, dict(command.env), command.task)
         request = Execution(on_output)
-        try:
-            with anyio.fail_after(command.timeout_s + ANSWER_GRACE_S):
-                await self._answered(frames.EXECUTE, payload, request, goes_on=command.task is not None)
-        except TimeoutError:
-            raise OutcomeUnknown("the guest's agent does not answer any more; the command may have run") from None
+        timeout_s = command.timeout_s + ANSWER_GRACE_S
+        await self._answered(frames.EXECUTE, payload, request, timeout_s=timeout_s, goes_on=command.task is not None)
         return _outcome(request)
 
     async def _ask(
@@ -347,20 +352,29 @@ class Agent:
         request: Request,
         sent: Callable[[], Awaitable[None]] | None = None,
         *,
+        timeout_s: float = ANSWER_S,
         goes_on: bool = False,
     ) -> None:
-        """Until the guest has answered. goes_on: it carries that out also when nobody waits any more."""
+        """Until the guest has answered. goes_on: it carries that out also when nobody waits any more.
+
+        Raises OutcomeUnknown (also when it does not answer in time), GuestProtocolError, ExecutionError.
+        """
         if self._lost is not None:
             raise self._lost
         self._known = True
         number = next(self._numbers)
         self._pending[number] = request
         try:
-            async with self._sending:
-                await self._stream.send(frames.encode(kind, number, payload))
-            if sent is not None:
-                await sent()
-            await request.done.wait()
+            with anyio.fail_after(timeout_s):
+                async with self._sending:
+                    await self._stream.send(frames.encode(kind, number, payload))
+                if sent is not None:
+                    await sent()
+            await within(request.done, timeout_s)
+        except TimeoutError:
+            if not goes_on:
+                await self._cancel(number)
+            raise OutcomeUnknown("the guest's agent does not answer any more; what it was asked may have happened") from None
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             raise self._lost or OutcomeUnknown("the sandbox was lost while the command was sent") from None
         except anyio.get_cancelled_exc_class():
@@ -419,6 +433,15 @@ class Agent:
         self.gone.set()
         for request in self._pending.values():
             request.fail(error)
+
+
+async def within(done: anyio.Event, timeout_s: float) -> None:
+    """Wait for an answer, LATE_S longer than asked for. Raises TimeoutError."""
+    with anyio.move_on_after(timeout_s):
+        await done.wait()
+        return
+    with anyio.fail_after(LATE_S):
+        await done.wait()
 
 
 @asynccontextmanager

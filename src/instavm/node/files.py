@@ -6,13 +6,12 @@ The guest is hostile: it may take its time, but it cannot send more than it was 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import anyio
 
 from instavm.errors import DiskFull, ExecutionError, FileError, FileMissing, GuestProtocolError, InstaVMError
-from instavm.node.agent import Agent, Request
+from instavm.node.agent import Agent, Request, within
 from instavm.sandbox import StoredFile
 from instavm_guest import frames
 
@@ -67,8 +66,7 @@ class Transfer(Request):
     async def room(self, size: int) -> None:
         """Wait until `size` more bytes may be sent. Raises what the guest refused with."""
         while self.under_way + size > WINDOW_BYTES and not self.done.is_set():
-            with self._stalled():
-                await self._moved.wait()
+            await self._progress(self._moved)
         if self.error is not None:
             raise self.error
         if self.done.is_set():
@@ -78,8 +76,7 @@ class Transfer(Request):
     async def piece(self) -> bytes | None:
         """The next bytes, or None at the end of the file."""
         while not self._pieces and not self.done.is_set():
-            with self._stalled():
-                await self._moved.wait()
+            await self._progress(self._moved)
         if self._pieces:
             return self._pieces.popleft()
         if self.error is not None:
@@ -90,8 +87,7 @@ class Transfer(Request):
 
     async def stored(self) -> StoredFile:
         """What the guest says it wrote."""
-        with self._stalled():
-            await self.done.wait()
+        await self._progress(self.done)
         if self.error is not None:
             raise self.error
         path, size = (self.answer or {}).get("path"), (self.answer or {}).get("size")
@@ -103,11 +99,9 @@ class Transfer(Request):
         self._moved.set()
         self._moved = anyio.Event()
 
-    @contextmanager
-    def _stalled(self) -> Iterator[None]:
+    async def _progress(self, event: anyio.Event) -> None:
         try:
-            with anyio.fail_after(STALL_S):
-                yield
+            await within(event, STALL_S)
         except TimeoutError:
             raise FileError(f"{self._path}: the sandbox moved nothing for {STALL_S:.0f} s") from None
 

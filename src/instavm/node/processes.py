@@ -21,13 +21,11 @@ from instavm.errors import (
     ProcessNotFound,
     RateLimitError,
 )
-from instavm.node.agent import Agent, Request
+from instavm.node.agent import ANSWER_S, Agent, Request, within
 from instavm.node.ended import ended
 from instavm.sandbox import Channel, ProcessEnd, ProcessLog, ProcessSpec, ProcessState, ProcessWait, Stream
 from instavm_guest import frames
 
-ANSWER_S = 30.0
-"""How long the agent may take for what does not wait for anything."""
 LISTED_MAX = 128
 STATE_BYTES = 64 << 10
 """Longest state: paths and commands may grow sixfold as JSON."""
@@ -117,10 +115,9 @@ async def _ask(
 ) -> Asked:
     request = Asked(process_id, size)
     try:
-        with anyio.fail_after(timeout_s):
-            async with agent.exchange(request) as number:
-                await agent.send(frames.PROCESS, number, frames.json_payload(dict(ask)))
-                await request.done.wait()
+        async with agent.exchange(request) as number:
+            await agent.send(frames.PROCESS, number, frames.json_payload(dict(ask)))
+            await within(request.done, timeout_s)
     except TimeoutError:
         raise OutcomeUnknown("the guest's agent does not answer any more") from None
     if request.error is not None:

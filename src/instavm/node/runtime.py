@@ -355,12 +355,16 @@ class Runtime:
 
     async def _keep_egress_log(self, sandbox: Sandbox) -> None:
         """Before its network goes. A filter that does not answer keeps nobody from ending."""
-        if sandbox.prepared.network is None:
+        network = sandbox.prepared.network
+        if network is None or network.networks.stopped():
             return
         with suppress(HostNotReady), anyio.move_on_after(LAST_LOG_S, shield=True):
-            self._egress_logs[sandbox.vm_id] = await sandbox.prepared.network.log()
+            self._egress_logs[sandbox.vm_id] = await network.log()
             if len(self._egress_logs) > LAST_LOGS:
                 self._egress_logs.popitem(last=False)
+
+    async def responds(self, within_s: float) -> bool:
+        return True
 
     def memory(self) -> HostMemory:
         return memory.now()

@@ -18,7 +18,16 @@ from instavm.border.link import LENGTH, WINDOW_BYTES, Kind, linked
 from instavm.border.remote import connected
 from instavm.border.service import serve
 from instavm.control.node import Node
-from instavm.errors import BootFailed, FileMissing, InstaVMError, InvalidInput, NoCapacity, OutcomeUnknown, SessionEnded
+from instavm.errors import (
+    BootFailed,
+    FileMissing,
+    InstaVMError,
+    InvalidInput,
+    NoCapacity,
+    NodeUnresponsive,
+    OutcomeUnknown,
+    SessionEnded,
+)
 from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
@@ -182,6 +191,45 @@ async def test_a_node_that_goes_leaves_nobody_waiting(node):
             while not lost:
                 await anyio.sleep(0.001)
     assert remote.tier == node.tier
+
+
+async def test_a_node_that_stops_answering_is_told_as_one_until_it_goes_on(node, monkeypatch):
+    """Open calls end, new ones are refused, `stop` waits; what was asked for is abandoned, and nothing is lost."""
+    monkeypatch.setattr("instavm.border.remote.PING_S", 0.02)
+    ours, theirs = socket.socketpair()
+    between, relayed = socket.socketpair()
+    passing = anyio.Event()
+    passing.set()
+
+    async def relay(source, target):
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(source, 65536):
+            await passing.wait()
+            await loop.sock_sendall(target, data)
+
+    for one in (theirs, between):
+        one.setblocking(False)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(serve, node, relayed)
+        tasks.start_soon(relay, theirs, between)
+        tasks.start_soon(relay, between, theirs)
+        async with connected(ours) as remote:
+            await remote.start(SPEC)
+            assert await remote.responds(10)
+            passing = anyio.Event()
+            assert not await remote.responds(0.05)
+            with pytest.raises(NodeUnresponsive), anyio.fail_after(10):
+                await remote.execute("vm-a", Command("print(1)", "python", 20))
+            with pytest.raises(NodeUnresponsive):
+                await remote.info()
+            async with anyio.create_task_group() as stopping:
+                stopping.start_soon(remote.stop, "vm-a")
+                await anyio.sleep(0.1)
+                assert "vm-a" in node.places
+                passing.set()
+            assert "vm-a" not in node.places
+            assert await remote.info() == await node.info()
+        tasks.cancel_scope.cancel()
 
 
 def test_a_field_of_another_type_is_refused():

@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import anyio
@@ -34,8 +35,11 @@ log = logging.getLogger(__name__)
 MESSAGE_MAX: Final = 4 << 20
 SO_SNDBUFFORCE: Final = 32
 ANSWER_S: Final = 10.0
+"""A filter that does not answer within this time is killed and replaced."""
 BEGIN_S: Final = 120.0
 """How long a filter may take to start up while others have the CPU."""
+STOPPED: Final = ("T", "t")
+"""Of a process that was stopped by a signal, or by a debugger."""
 AGAIN_S: Final = 0.2
 """Pause before a filter that ended is replaced, so that one that can't live does not take the whole CPU."""
 
@@ -67,6 +71,12 @@ class Network:
     async def put(self, egress: Egress, registries: Iterable[Registry]) -> None:
         """In force when it returns. Raises HostNotReady; then nothing gets through."""
         policy = Policy(egress, [*registries, *self.networks.registries])
+        try:
+            await self._put_or_close(policy)
+        except HostNotReady:  # the filter was replaced meanwhile: the new one is told as well
+            await self._put_or_close(policy)
+
+    async def _put_or_close(self, policy: Policy) -> None:
         await self.networks.ready()
         async with self.changing:
             try:
@@ -84,25 +94,32 @@ class Network:
 
     async def log(self) -> EgressLog:
         """Raises HostNotReady."""
-        await self.networks.ready()
-        said = await self.networks.ask("log", self.name)
+        said = await self._asked("log")
         kernel = rules.refused(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_REFUSED))
         seen = [Seen(*entry) for entry in said["entries"]]
         return EgressLog((*seen, *kernel), said["sent"], said["received"], said["open"])
 
     async def in_force(self) -> InForce:
         """What kernel and filter go by at this moment, asked of both. Raises HostNotReady (there is no filter)."""
-        await self.networks.ready()
-        said = await self.networks.ask("policy", self.name)
+        said = await self._asked("policy")
         kernel = rules.in_force(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_ALL))
         policy = from_wire(said["told"]["policy"]).egress
         both = json.dumps({"filter": said["told"], "kernel": kernel}, sort_keys=True).encode()
         return InForce(hashlib.sha256(both).hexdigest(), sum("rule" in one for one in kernel), policy)
 
+    async def _asked(self, what: str) -> dict[str, Any]:
+        """The filter's answer; that of its successor, when it had to be replaced. Raises HostNotReady."""
+        await self.networks.ready()
+        try:
+            return await self.networks.ask(what, self.name)
+        except HostNotReady:
+            await self.networks.ready()
+            return await self.networks.ask(what, self.name)
+
     async def aclose(self) -> None:
         """Twice is fine."""
         with anyio.CancelScope(shield=True):
-            await self.networks.forget(self)
+            self.networks.forget(self)
             await anyio.to_thread.run_sync(self.space.close)
 
 
@@ -114,10 +131,10 @@ class Networks:
         self._live: dict[str, Network] = {}
         self._names = itertools.count(1)
         self._ids = itertools.count(1)
+        self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
         self._ready = anyio.Event()
         """Set while there is a filter that has been told everything."""
-        self._sending = anyio.Lock()
         self._waiting: dict[int, tuple[anyio.Event, list[dict[str, Any]]]] = {}
         self.registries = [registry(text) for text in settings.egress_package_hosts]
         self.refusal: str | None = None
@@ -160,7 +177,7 @@ class Networks:
         self._live[network.name] = network
         try:
             if self._ready.is_set():  # else it is told with all others, once there is a filter
-                await self._hand_over(network)
+                self._hand_over(network)
         except BaseException:
             await network.aclose()
             raise
@@ -180,57 +197,83 @@ class Networks:
         except TimeoutError as exc:
             raise HostNotReady("the egress filter does not come up") from exc
 
-    async def _hand_over(self, network: Network) -> None:
+    def _hand_over(self, network: Network) -> None:
+        """Give the filter the sockets of a network. It is closed until a `put` is answered, so nobody waits for this."""
         fds = [one.fileno() for one in network.space.sockets]
-        await self.ask("open", network.name, fds=fds, **self.told(network.policy))
+        self._tell("open", network.name, fds, **self.told(network.policy))
 
-    async def _hand_over_if_there(self, name: str) -> None:
-        if (network := self._live.get(name)) is None:
-            return
-        async with network.changing:
-            await self._hand_over(network)
-        if name not in self._live:  # it went meanwhile
-            await self.ask("close", name)
+    async def _hand_over_when_settled(self, name: str) -> None:
+        """With the policy that a change under way ends with."""
+        if (network := self._live.get(name)) is not None:
+            async with network.changing:
+                if name in self._live:
+                    self._hand_over(network)
 
-    async def forget(self, network: Network) -> None:
+    def forget(self, network: Network) -> None:
         if self._live.pop(network.name, None) is not None:
-            with contextlib.suppress(HostNotReady):  # a filter that is gone has forgotten it already
-                await self.ask("close", network.name)
+            self._tell("close", network.name)
+
+    def stopped(self) -> bool:
+        """Whether the filter's process is stopped, so that it is no use to wait for an answer."""
+        if self.filter_pid is None:
+            return False
+        try:
+            state = Path(f"/proc/{self.filter_pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state in STOPPED
 
     async def ask(
         self, what: str, name: str = "", fds: Iterable[int] = (), *, within_s: float = ANSWER_S, **more: Any
     ) -> dict[str, Any]:
         """Raises HostNotReady: there is no filter, or it refuses."""
+        process = self._process
+        if self.stopped():
+            self._replace("its process was stopped by a signal")
         number, event, answer = next(self._ids), anyio.Event(), list[dict[str, Any]]()
-        message = json.dumps({"id": number, "do": what, "name": name, **more}).encode()
         self._waiting[number] = (event, answer)
         try:
+            self._tell(what, name, fds, number, **more)
             with anyio.fail_after(within_s):
-                async with self._sending:
-                    await self._send(message, list(fds))
                 await event.wait()
-        except (OSError, TimeoutError) as exc:
-            raise HostNotReady(f"the egress filter does not answer: {exc or 'too slow'}") from exc
+        except TimeoutError as exc:
+            if process is self._process:
+                self._replace(f"it has not answered for {within_s:.0f} s")
+            raise HostNotReady(f"the egress filter did not answer within {within_s:.0f} s; it is replaced") from exc
         finally:
             del self._waiting[number]
         if not answer or "error" in answer[0]:
             raise HostNotReady(f"the egress filter: {answer[0]['error'] if answer else 'it has ended'}")
         return answer[0]
 
-    async def _send(self, message: bytes, fds: list[int]) -> None:
-        while True:
-            if self._line is None:
-                raise OSError("it is not running")
-            try:
-                socket.send_fds(self._line, [message], fds)
-                return
-            except BlockingIOError:
-                await anyio.wait_writable(self._line)
+    def _tell(self, what: str, name: str = "", fds: Iterable[int] = (), number: int = 0, **more: Any) -> None:
+        """Send the filter a message, in order. Without a filter nothing is sent: a new one is told everything.
+
+        number: of the answer that is waited for; 0 when none is.
+        """
+        if self._line is None or self._process is None:
+            if number:
+                raise HostNotReady("the egress filter is not running")
+            return
+        message = json.dumps({"id": number, "do": what, "name": name, **more}).encode()
+        try:
+            socket.send_fds(self._line, [message], list(fds))
+        except OSError as exc:  # it has just ended; or megabytes lie unread, so that it will not catch up
+            self._replace(str(exc))
+            if number:
+                raise HostNotReady(f"the egress filter is replaced: {exc}") from exc
+
+    def _replace(self, why: str) -> None:
+        """Kill the filter; `_keep_filter` starts another one. Until that is ready nothing gets through."""
+        if self._process is not None:
+            log.error("the egress filter is replaced: %s", why)
+            self._process.kill()
+            self._line, self._ready = None, anyio.Event()
 
     async def _keep_filter(self) -> None:
         while True:
             process, line = _spawn()
-            self._line, self.filter_pid = line, process.pid
+            self._process, self._line, self.filter_pid = process, line, process.pid
             if self._live:
                 self._hurry()
             try:
@@ -240,8 +283,9 @@ class Networks:
                         tasks.cancel_scope.cancel()
                     await anyio.sleep_forever()
             finally:
-                self._line = self.filter_pid = None
-                self._ready = anyio.Event()
+                self._process = self._line = self.filter_pid = None
+                if self._ready.is_set():  # else there are those who wait on it already
+                    self._ready = anyio.Event()
                 line.close()
                 process.kill()
                 process.wait()
@@ -266,7 +310,8 @@ class Networks:
             while left := self._live.keys() - handed:  # some come while others are handed over
                 handed |= left
                 for name in left:
-                    await self._hand_over_if_there(name)
+                    await self._hand_over_when_settled(name)
+                await self.ask("ready", within_s=BEGIN_S)  # it has taken up these
         except HostNotReady as exc:
             log.error("the egress filter could not be set up: %s", exc)
             return False
@@ -291,6 +336,8 @@ class Networks:
                 around.cancel()
                 return
             message = json.loads(data)
+            if message["id"] == 0 and "error" in message:
+                log.error("the egress filter: %s", message["error"])
             if (waiting := self._waiting.get(message["id"])) is not None:
                 waiting[1].append(message)
                 waiting[0].set()
