@@ -16,3 +16,8 @@ def write_key(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(fd)
     new.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

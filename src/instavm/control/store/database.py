@@ -5,15 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import anyio
-from sqlalchemy import insert, inspect, select, text, update
-from sqlalchemy.engine import Connection
 
-from instavm.control.store import schema
 from instavm.control.store.accounts import AccountRows
 from instavm.control.store.egress import EgressRows
 from instavm.control.store.engine import Engine
@@ -23,7 +19,7 @@ from instavm.control.store.seal import Seal
 from instavm.control.store.sessions import SessionRows
 from instavm.control.store.snapshots import SnapshotRows
 from instavm.control.store.tasks import TaskRows
-from instavm.errors import HostNotReady
+from instavm.control.store.upgrade import prepare
 
 log = logging.getLogger(__name__)
 
@@ -78,33 +74,8 @@ async def open_accounts(path: Path) -> AsyncIterator[AccountRows]:
 async def _opened(path: Path) -> Engine:
     engine = Engine(path)
     try:
-        await engine.run(lambda connection: _prepare(connection, path))
+        await engine.run(lambda connection: prepare(connection, path), exclusive=True)
     except BaseException:
         await engine.aclose()
         raise
     return engine
-
-
-def _prepare(connection: Connection, path: Path) -> None:
-    if not inspect(connection).has_table("schema_version"):
-        schema.metadata.create_all(connection)
-        connection.execute(insert(schema.schema_version).values(version=schema.SCHEMA_VERSION))
-        connection.execute(
-            insert(schema.tenants).values(
-                id=schema.LOCAL_TENANT, name="Local user", email=None, created_at=datetime.now(UTC)
-            )
-        )
-        return
-    found = connection.execute(select(schema.schema_version.c.version)).scalar_one()
-    while found in schema.STEPS:
-        for statement in schema.STEPS[found]:
-            connection.execute(text(statement))
-        found += 1
-    if found == schema.SCHEMA_VERSION:
-        schema.metadata.create_all(connection)
-        connection.execute(update(schema.schema_version).values(version=found))
-    else:
-        raise HostNotReady(
-            f"{path} has schema version {found}, this program knows {schema.SCHEMA_VERSION}:"
-            " run the version of instavm that wrote it, or move the file away to start afresh"
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     JSON,
@@ -21,7 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Raise it with every change below, and add the step that gets there."""
 LOCAL_TENANT: Final = "local"
 """Owns everything that comes in through a private socket, and keys made without naming a tenant."""
@@ -105,6 +105,8 @@ vms = Table(
     Column("expires_at", Utc),
     Column("ended_at", Utc),
     Column("start", JSON),
+    Column("detail", String),
+    Column("console", JSON),
     Index("vms_of_session", "session_id", "created_at"),
     Index("vms_by_state", "state"),
 )
@@ -197,23 +199,35 @@ snapshots = Table(
     Index("snapshots_of_tenant", "tenant_id", "created_at"),
 )
 
-_SNAPSHOTS: Final = ("ALTER TABLE tenants ADD COLUMN max_disk_mib INTEGER",)
 
-STEPS: Final[Mapping[int, tuple[str, ...]]] = {
+
+class AddColumn(NamedTuple):
+    """A column that a newer version has. `kind`: its type and constraints, as SQL."""
+
+    table: str
+    name: str
+    kind: str
+
+
+STEPS: Final[Mapping[int, tuple[AddColumn, ...]]] = {
     1: (
-        "ALTER TABLE tenants ADD COLUMN max_sandboxes INTEGER",
-        "ALTER TABLE tenants ADD COLUMN max_vcpus INTEGER",
-        "ALTER TABLE tenants ADD COLUMN max_memory_mib INTEGER",
-        "ALTER TABLE tenants ADD COLUMN max_lifetime_s INTEGER",
-        "ALTER TABLE api_keys ADD COLUMN last_used_at VARCHAR",
-        "ALTER TABLE sessions ADD COLUMN options JSON NOT NULL DEFAULT '{}'",
+        AddColumn("tenants", "max_sandboxes", "INTEGER"),
+        AddColumn("tenants", "max_vcpus", "INTEGER"),
+        AddColumn("tenants", "max_memory_mib", "INTEGER"),
+        AddColumn("tenants", "max_lifetime_s", "INTEGER"),
+        AddColumn("api_keys", "last_used_at", "VARCHAR"),
+        AddColumn("sessions", "options", "JSON NOT NULL DEFAULT '{}'"),
     ),
     2: (),
-    3: _SNAPSHOTS,
+    3: (AddColumn("tenants", "max_disk_mib", "INTEGER"),),
     4: (),
     5: (
-        "ALTER TABLE tasks ADD COLUMN command VARCHAR",
-        "ALTER TABLE tasks ADD COLUMN timeout_s FLOAT",
+        AddColumn("tasks", "command", "VARCHAR"),
+        AddColumn("tasks", "timeout_s", "FLOAT"),
+    ),
+    6: (
+        AddColumn("vms", "detail", "VARCHAR"),
+        AddColumn("vms", "console", "JSON"),
     ),
 }
-"""Version → what leads to the next one, besides tables that are new in it."""
+"""Version → the columns that the next one adds. Tables that are new in it are made from their description above."""
