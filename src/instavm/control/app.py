@@ -68,7 +68,21 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         redoc_url=None,
     )
     # looked through in this order
-    parts = (executions, sessions, tasks, files, streams, processes, vms, snapshots, egress, health, users, keys, metrics)
+    parts = (
+        executions,
+        sessions,
+        tasks,
+        files,
+        streams,
+        processes,
+        vms,
+        snapshots,
+        egress,
+        health,
+        users,
+        keys,
+        metrics,
+    )
     for part in parts:
         app.include_router(part.router)
     return app

@@ -22,7 +22,7 @@ from instavm.control.store.database import Store
 from instavm.control.store.schema import LOCAL_TENANT
 from instavm.control.store.snapshots import UNFINISHED, SnapshotRow
 from instavm.control.vms import Vm
-from instavm.errors import ForbiddenError, InstaVMError, NotFound, SnapshotError
+from instavm.errors import Conflict, ForbiddenError, InstaVMError, NotFound, SnapshotError
 from instavm.sandbox import Stored
 from instavm.wire.snapshots import CreateSnapshot
 
@@ -121,7 +121,7 @@ class Snapshots:
             raise
         if not boot:
             row = _ended(row, "ready", row.size_bytes)
-            await self._journal.written(self._rows.change(row))
+            await self._recorded(row)
             return row
         build = self._boot(tenant, row)
         if wait:
@@ -146,8 +146,7 @@ class Snapshots:
         if error is None and not self._stopping:
             self._boot(tenant, row)
             return
-        row = _ended(row, "ready" if error is None else "failed", row.size_bytes, error)
-        await self._journal.written(self._rows.change(row))
+        await self._recorded(_ended(row, "ready" if error is None else "failed", row.size_bytes, error))
 
     async def remove(self, tenant: Tenant, snapshot_id: str) -> SnapshotRow:
         """End its build, if it is under way, and remove it. What runs from it runs on. Raises: NotFound, ForbiddenError."""
@@ -263,9 +262,21 @@ class Snapshots:
             build.say(f"\nfailed: {error}\n")
             build.row = _ended(build.row, "failed", last_error=error)
             await self._node.forget(build.row.id)
-        await self._journal.written(self._rows.change(replace(build.row, log=build.text)))
-        del self._builds[build.row.id]
-        build.over.set()
+        try:
+            await self._recorded(replace(build.row, log=build.text))
+        except Conflict as exc:
+            log.warning("%s was removed while it was made: %s", build.row.id, exc)
+        finally:
+            del self._builds[build.row.id]
+            build.over.set()
+
+    async def _recorded(self, row: SnapshotRow) -> None:
+        """Record how it ended; durable when it returns. Raises: Conflict: it was removed meanwhile, and its disk is too."""
+        try:
+            await self._journal.written(self._rows.change(row))
+        except Conflict:
+            await self._node.forget(row.id)
+            raise
 
     def _changing(self, build: Build) -> Callable[..., None]:
         def change(**values: object) -> None:

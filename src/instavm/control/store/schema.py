@@ -200,7 +200,6 @@ snapshots = Table(
 )
 
 
-
 class AddColumn(NamedTuple):
     """A column that a newer version has. `kind`: its type and constraints, as SQL."""
 

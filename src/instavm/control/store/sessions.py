@@ -40,7 +40,7 @@ MOVE_VM = update(vms).where(vms.c.id == KEY, vms.c.state == bindparam("was"))
 SET_VM = update(vms).where(vms.c.id == KEY)
 CHANGE = (
     update(sessions)
-    .where(sessions.c.id == KEY)
+    .where(sessions.c.id == KEY, sessions.c.closed_at.is_(None))
     .values(metadata=bindparam("labels"), options=bindparam("chosen"), lifetime_s=bindparam("lifetime"))
 )
 
@@ -112,7 +112,7 @@ class SessionRows:
     def close(self, session_id: str, at: datetime) -> int:
         """Returns: the journal's mark, to wait until it is durable."""
         return self._journal.append(
-            Write(CLOSE_SESSION, {"key": session_id, "at": at}),
+            Write(CLOSE_SESSION, {"key": session_id, "at": at}, f"session {session_id} is open"),
             _event(at, session_id, None, "session.closed"),
         )
 
@@ -122,9 +122,9 @@ class SessionRows:
         Returns: the journal's mark.
         """
         values = {"labels": dict(row.metadata), "chosen": dict(row.options), "lifetime": row.lifetime_s}
-        writes = [Write(CHANGE, {"key": row.id, **values})]
+        writes = [Write(CHANGE, {"key": row.id, **values}, f"session {row.id} is open")]
         if vm is not None:
-            writes.append(Write(SET_VM, {"key": vm.id, "expires_at": vm.expires_at}))
+            writes.append(Write(SET_VM, {"key": vm.id, "expires_at": vm.expires_at}, f"VM {vm.id} is recorded"))
         return self._journal.append(*writes)
 
     def used(self, session_id: str, *, execution_time_s: float, cpu_time_s: float) -> None:
@@ -149,19 +149,19 @@ class SessionRows:
 
         vm_seconds: how long it was up; added to the session's sum when the sandbox has ended or is at rest.
         """
-        self._journal.append(
-            Write(MOVE_VM, {"key": row.id, "was": was, **_changing(row)}),
+        writes = [
+            _step(row.id, was, _changing(row)),
             _event(at, row.session_id, row.id, f"vm.{row.state}", reason=row.why, detail=detail),
-        )
+        ]
         if row.state in (State.ENDED, State.SUSPENDED) and vm_seconds:
-            self._journal.append(Write(COUNT_VM_SECONDS, {"key": row.session_id, "up": vm_seconds}))
+            writes.append(Write(COUNT_VM_SECONDS, {"key": row.session_id, "up": vm_seconds}))
+        self._journal.append(*writes)
 
     def at_rest(self, row: VmRow) -> None:
         """Record what became of a sandbox that was being put to rest when the server was killed."""
-        now = datetime.now(UTC)
         self._journal.append(
-            Write(SET_VM, {"key": row.id, "state": State.SUSPENDED, "why": None, "ended_at": None}),
-            _event(now, row.session_id, row.id, "vm.suspended"),
+            _step(row.id, row.state, {"state": State.SUSPENDED, "why": None, "ended_at": None}),
+            _event(datetime.now(UTC), row.session_id, row.id, "vm.suspended"),
         )
 
     async def resting(self, tenant_id: str) -> frozenset[str]:
@@ -190,12 +190,15 @@ class SessionRows:
 
     def lose_vm(self, row: VmRow, why: EndReason, detail: str) -> None:
         """Record the end of a sandbox that nobody was there to see."""
-        now = datetime.now(UTC)
-        values = {"key": row.id, "state": State.ENDED, "why": row.why or why, "ended_at": now}
+        now, reason = datetime.now(UTC), row.why or why
         self._journal.append(
-            Write(SET_VM, values),
-            _event(now, row.session_id, row.id, "vm.ended", reason=row.why or why, detail=detail),
+            _step(row.id, row.state, {"state": State.ENDED, "why": reason, "ended_at": now}),
+            _event(now, row.session_id, row.id, "vm.ended", reason=reason, detail=detail),
         )
+
+
+def _step(vm_id: str, was: State, values: Mapping[str, Any]) -> Write:
+    return Write(MOVE_VM, {"key": vm_id, "was": was, **values}, f"VM {vm_id} is {was}")
 
 
 def _joined(

@@ -16,7 +16,7 @@ from instavm.control.store.schema import snapshots
 UNFINISHED: Final = ("pending", "building", "creating")
 KEY: BindParameter[str] = bindparam("key")
 ADD = insert(snapshots)
-CHANGE = update(snapshots).where(snapshots.c.id == KEY)
+CHANGE = update(snapshots).where(snapshots.c.id == KEY, snapshots.c.status.in_(UNFINISHED))
 REMOVE = delete(snapshots).where(snapshots.c.id == KEY)
 
 
@@ -57,8 +57,11 @@ class SnapshotRows:
         return self._journal.append(Write(ADD, _values(row)))
 
     def change(self, row: SnapshotRow) -> int:
+        """Compare and set: one that is ready, failed or removed stays so. Returns: the journal's mark."""
         values = _values(row)
-        return self._journal.append(Write(CHANGE, {"key": values.pop("id"), **values}))
+        return self._journal.append(
+            Write(CHANGE, {"key": values.pop("id"), **values}, f"snapshot {row.id} is being made")
+        )
 
     def remove(self, snapshot_id: str) -> int:
         return self._journal.append(Write(REMOVE, {"key": snapshot_id}))

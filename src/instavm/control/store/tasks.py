@@ -20,7 +20,7 @@ UNFINISHED: Final = ("pending", "running")
 
 KEY: BindParameter[str] = bindparam("key")
 ADD_TASK = insert(tasks)
-CHANGE_TASK = update(tasks).where(tasks.c.id == KEY)
+CHANGE_TASK = update(tasks).where(tasks.c.id == KEY, tasks.c.status.in_(UNFINISHED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,11 @@ class TaskRows:
         return self._journal.append(Write(ADD_TASK, self._values(row)))
 
     def change(self, row: TaskRow) -> int:
-        """Returns: the journal's mark."""
+        """Compare and set: a task that has ended stays as it ended. Returns: the journal's mark."""
         values = self._values(row)
-        return self._journal.append(Write(CHANGE_TASK, {"key": values.pop("id"), **values}))
+        return self._journal.append(
+            Write(CHANGE_TASK, {"key": values.pop("id"), **values}, f"task {row.id} has not ended")
+        )
 
     async def load(self, tenant_id: str, task_id: str) -> TaskRow | None:
         await self._journal.written()

@@ -29,7 +29,9 @@ def prepare(connection: Connection, path: Path) -> None:
             " run the version of instavm that wrote it, or move the file away to start afresh"
         )
     schema.metadata.create_all(connection)
-    if version is None:  # new, or an earlier release was killed before it wrote the version: then there is no row at all
+    if (
+        version is None
+    ):  # new, or an earlier release was killed before it wrote the version: then there is no row at all
         _add_columns(connection, since=min(schema.STEPS))
         connection.execute(insert(schema.schema_version).values(version=schema.SCHEMA_VERSION))
         _add_local_tenant(connection)
