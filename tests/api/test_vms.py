@@ -7,7 +7,7 @@ import anyio
 import httpx
 import pytest
 
-from instavm import AsyncInstaVM, NotFound
+from instavm import AsyncInstaVM, NotFound, UnsupportedOperationError
 
 
 @pytest.fixture
@@ -30,6 +30,14 @@ def test_a_vm_is_a_session_too(http, made):
     assert (ran["stdout"], ran["vm_id"]) == ("1\n", made["vm_id"])
     assert http.get(f"/v1/vms/{made['vm_id']}").json() == made
     assert [vm["vm_id"] for vm in http.get("/v1/vms").json()] == [made["vm_id"]]
+
+
+def test_no_address_is_told_that_nobody_serves(http, made):
+    """Neither of a web server in the sandbox nor of a way in by SSH."""
+    answer = http.get(f"/v1/sessions/app-url/{made['session_id']}?port=8000")
+    assert (answer.status_code, answer.json()["code"]) == (501, "unsupported")
+    assert "port 8000" in answer.json()["detail"]
+    assert made["ssh_host"] is None
 
 
 def test_live_vms_and_all_records_are_two_lists(http):
@@ -212,5 +220,6 @@ async def test_the_async_client_has_the_same(server, tmp_path):
         assert (await vm.upload_file(given, "sub/")).remote_path == "/app/sub/given"
         assert (await vm.download_file("sub/given", back)).size == 1_024_000
         assert back.read_bytes() == given.read_bytes() == (await vm.download_file("sub/given")).content
-        assert (await vm.get_session_app_url(port=3000)).port == 3000
+        with pytest.raises(UnsupportedOperationError, match="port 3000"):
+            await vm.get_session_app_url(port=3000)
         await anyio.lowlevel.checkpoint()

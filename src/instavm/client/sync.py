@@ -155,7 +155,10 @@ class InstaVM(Binding):
         return result
 
     def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
-        """Where a web server on `port` of the sandbox is reached."""
+        """Where a web server on `port` (1 to 65535) of the sandbox is reached.
+
+        Raises: UnsupportedOperationError: the server forwards no connections to sandboxes, as all servers so far.
+        """
         return self._link.send(sessions.app_url(session_id or self._session(), port))
 
     def suspend(self) -> Suspended:

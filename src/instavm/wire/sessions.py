@@ -125,7 +125,10 @@ class Sandbox(Wire):
 
 
 class AppUrl(Wire):
-    """Where a web server inside a sandbox is reached. `app_url` is `url`, under a name that other clients read."""
+    """Where a web server inside a sandbox is reached; no server answers with it yet, it is 501 so far.
+
+    `app_url` is `url`, under a name that other clients read.
+    """
 
     url: str
     app_url: str

@@ -103,7 +103,8 @@ class Vm(Wire):
     image_variant: str = "standard"
     volumes: list[Any] = Field(default_factory=list)
     vault_ids: list[str] = Field(default_factory=list)
-    ssh_host: str
+    ssh_host: str | None = None
+    """None: sandboxes are not reached by SSH."""
 
 
 class Deleted(Wire):

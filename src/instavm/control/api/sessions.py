@@ -5,7 +5,7 @@ import uuid
 from datetime import timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
@@ -14,7 +14,7 @@ from instavm.control.api.once import OnlyOnce
 from instavm.control.lifecycle import State, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import VmRow
-from instavm.errors import BadRequest, InvalidInput, SessionError
+from instavm.errors import BadRequest, InvalidInput, UnsupportedOperationError
 from instavm.sandbox import Started
 from instavm.wire import sessions as wire
 from instavm.wire.egress import EgressPolicy
@@ -59,40 +59,14 @@ async def usage(session_id: str, caller: Caller, here: Here) -> wire.SessionUsag
 
 @router.get("/v1/sessions/app-url/{session_id}")
 async def app_url(
-    request: Request,
-    session_id: str,
-    caller: Caller,
-    here: Here,
-    port: Annotated[int, Query(ge=1, le=65535)] = 80,
+    session_id: str, caller: Caller, here: Here, port: Annotated[int, Query(ge=1, le=65535)] = 80
 ) -> wire.AppUrl:
-    """Where a web server in the sandbox is reached; inside it has to listen on 0.0.0.0."""
-    session = await here.sessions.get(caller, session_id)
-    vm = session.latest()
-    if vm is None:
-        raise SessionError(f"session {session.id} has no sandbox")
-    live = None if session.vm is None else session.vm.remaining_s()
-    base = str(request.base_url)
-    url = f"{base}v1/app/{session.id}/{port}/"
-    return wire.AppUrl(
-        url=url,
-        app_url=url,
-        direct_url=_direct_url(request, vm.id, port) or url,
-        vm_ip="",
-        port=port,
-        vm_id=vm.id,
-        session_id=uuid.UUID(session.id),
-        status=_status(session, vm),
-        expires_in_seconds=None if live is None else int(live),
+    """The address of a web server in the sandbox. This server has none to give: always 501 for a session of the caller's."""
+    await here.sessions.get(caller, session_id)
+    raise UnsupportedOperationError(
+        f"this server does not forward connections to port {port} of a sandbox, so there is no address for it;"
+        " ask the web server from inside the sandbox, with execute or a process"
     )
-
-
-def _direct_url(request: Request, vm_id: str, port: int) -> str | None:
-    """A name below the server's own; None where the server is reached by an address, which has no names below it."""
-    host = request.url.hostname or ""
-    if ":" in host or host.replace(".", "").isdigit():
-        return None
-    own = f":{request.url.port}" if request.url.port else ""
-    return f"{request.url.scheme}://{vm_id}-{port}.{host}{own}/"
 
 
 @router.get("/v1/sessions/sandboxes")

@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
@@ -27,7 +27,7 @@ router = APIRouter()
 
 
 @router.post("/v1/vms", response_model=wire.Vm)
-async def create(request: Request, ask: wire.CreateVm, once: OnlyOnce, wait: bool = True) -> Response:
+async def create(ask: wire.CreateVm, once: OnlyOnce, wait: bool = True) -> Response:
     caller, here = once.caller, once.here
 
     async def make(target: str | None) -> wire.Vm:
@@ -49,37 +49,36 @@ async def create(request: Request, ask: wire.CreateVm, once: OnlyOnce, wait: boo
                 raise
         latest = session.latest()
         assert latest is not None, "a session that was just given a sandbox has one"
-        return await _record(here, session.row, latest, request)
+        return await _record(here, session.row, latest)
 
     return await once.create(make)
 
 
 @router.get("/v1/vms")
-async def live(request: Request, caller: Caller, here: Here) -> list[wire.Vm]:
+async def live(caller: Caller, here: Here) -> list[wire.Vm]:
     """Those that are up or coming up, newest first."""
     found = here.sessions.with_sandbox(caller, {}, limits.LIST_LIMIT_MAX)
-    return await _records(here, [(one.row, row) for one in found if (row := one.latest()) is not None], request)
+    return await _records(here, [(one.row, row) for one in found if (row := one.latest()) is not None])
 
 
 @router.get("/v1/vms/")
 async def all_records(
-    request: Request,
     caller: Caller,
     here: Here,
     limit: Annotated[int, Query(ge=1, le=limits.LIST_LIMIT_MAX)] = limits.LIST_LIMIT_MAX,
 ) -> list[wire.Vm]:
     """Every VM that this account ever had, newest first."""
-    return await _records(here, await here.sessions.all_vms(caller, limit), request)
+    return await _records(here, await here.sessions.all_vms(caller, limit))
 
 
 @router.get("/v1/vms/{vm_id}")
-async def get(request: Request, vm_id: str, caller: Caller, here: Here) -> wire.Vm:
+async def get(vm_id: str, caller: Caller, here: Here) -> wire.Vm:
     session, vm = await here.sessions.of_vm(caller, vm_id)
-    return await _record(here, session.row, vm, request)
+    return await _record(here, session.row, vm)
 
 
 @router.patch("/v1/vms/{vm_id}")
-async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
+async def update(vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
     session, vm = await _up(here, caller, vm_id)
     if ask.memory_mb not in (None, session.row.memory_mib):
         raise UnsupportedOperationError(
@@ -88,7 +87,7 @@ async def update(request: Request, vm_id: str, ask: wire.UpdateVm, caller: Calle
         )
     labels = ask.metadata if "metadata" in ask.model_fields_set else None
     await here.sessions.change(caller, session, labels, ask.options(), ask.vm_lifetime_seconds)
-    return await _record(here, session.row, session.latest() or vm, request)
+    return await _record(here, session.row, session.latest() or vm)
 
 
 @router.delete("/v1/vms/{vm_id}")
@@ -213,17 +212,17 @@ async def _up(here: Here, caller: Caller, vm_id: str) -> tuple[Session, VmRow]:
     return session, vm
 
 
-async def _record(here: Here, session: SessionRow, vm: VmRow, request: Request) -> wire.Vm:
-    (told,) = await _records(here, [(session, vm)], request)
+async def _record(here: Here, session: SessionRow, vm: VmRow) -> wire.Vm:
+    (told,) = await _records(here, [(session, vm)])
     return told
 
 
-async def _records(here: Here, found: Sequence[tuple[SessionRow, VmRow]], request: Request) -> list[wire.Vm]:
+async def _records(here: Here, found: Sequence[tuple[SessionRow, VmRow]]) -> list[wire.Vm]:
     egress = await here.egress.of_vms([vm for _, vm in found])
-    return [record(session, vm, request, egress.get(vm.id)) for session, vm in found]
+    return [record(session, vm, egress.get(vm.id)) for session, vm in found]
 
 
-def record(session: SessionRow, vm: VmRow, request: Request, egress: tuple[Egress, bool] | None) -> wire.Vm:
+def record(session: SessionRow, vm: VmRow, egress: tuple[Egress, bool] | None) -> wire.Vm:
     return wire.Vm(
         vm_id=vm.id,
         id=vm.id,
@@ -241,6 +240,5 @@ def record(session: SessionRow, vm: VmRow, request: Request, egress: tuple[Egres
         env_keys=list(session.env_keys),
         egress_policy=None if egress is None else EgressPolicy.of(*egress),
         snapshot_id=None if session.image == "default" else session.image,
-        ssh_host=f"{vm.id}@{request.url.hostname or 'localhost'}",
         **{name: value for name, value in session.options.items() if name in wire.OPTIONS},
     )
