@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 import httpx
@@ -33,12 +33,36 @@ class Served:
     store: Store
     control: Control
     portal: BlockingPortal | None = None
+    undocumented: list[tuple[str, str, str]] = field(default_factory=list)
+    """Answers with a status that the OpenAPI document does not name."""
 
     def client(self, **more):
         return InstaVM(self.key, self.url, **more)
 
     def events(self, session_id):
         return self.portal.call(self.store.sessions.events, session_id)
+
+
+class Documented:
+    """Notes every answer whose status its operation's part of the OpenAPI document does not name."""
+
+    def __init__(self, app, document, undocumented):
+        self._app = app
+        self._document = document
+        self._undocumented = undocumented
+
+    async def __call__(self, scope, receive, send):
+        async def look(message):
+            if message["type"] == "http.response.start" and (route := scope.get("route")) is not None:
+                self._check(scope["method"], route.path, str(message["status"]))
+            await send(message)
+
+        await self._app(scope, receive, look)
+
+    def _check(self, method, path, status):
+        operation = self._document["paths"].get(path, {}).get(method.lower())
+        if operation is not None and status not in operation["responses"]:
+            self._undocumented.append((method, path, status))
 
 
 @asynccontextmanager
@@ -50,12 +74,13 @@ async def running(folder) -> AsyncIterator[Served]:
         keys = Keys(store.accounts)
         _, key = await keys.create("first")
         _, other = await keys.create("second", tenant="other")
-        app = create_app(node, store)
+        app, undocumented = create_app(node, store), []
+        app.add_middleware(Documented, document=app.openapi(), undocumented=undocumented)
         server = Server(http_config(app, listener), ready.set)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.serve, [listener.socket])
             await ready.wait()
-            yield Served(f"http://{host}:{port}", key, other, node, store, control_of(app))
+            yield Served(f"http://{host}:{port}", key, other, node, store, control_of(app), undocumented=undocumented)
             server.should_exit = True
         assert not node.places, "the server ended and left sandboxes behind"
 
@@ -94,6 +119,7 @@ def nothing_left_behind(request):
     yield
     assert set(server.node.places) == before
     assert not server.node.booting
+    assert not server.undocumented, "docs/openapi.json does not tell the truth"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from instavm.control.accounts import KeyedAccounts, LocalAccounts
 from instavm.control.api import (
+    description,
     egress,
     errors,
     executions,
@@ -66,6 +67,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         redirect_slashes=False,
         docs_url="/docs",
         redoc_url=None,
+        generate_unique_id_function=description.operation_id,
     )
     # looked through in this order
     parts = (
@@ -84,7 +86,10 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         metrics,
     )
     for part in parts:
-        app.include_router(part.router)
+        app.include_router(
+            part.router, responses=description.problems(500) if part is health else description.EVERYWHERE
+        )
+    description.describe(app)
     return app
 
 

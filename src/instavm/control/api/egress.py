@@ -4,14 +4,15 @@ from datetime import UTC, datetime
 
 from fastapi import APIRouter
 
+from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
 from instavm.sandbox import EgressLog
 from instavm.wire import egress as wire
 
-router = APIRouter()
+router = APIRouter(tags=["egress"])
 
 
-@router.post("/v1/egress/session/{session_id}")
+@router.post("/v1/egress/session/{session_id}", responses=IN_SANDBOX)
 async def set_session(session_id: str, ask: wire.SetEgress, caller: Caller, here: Here) -> wire.EgressPolicy:
     """In force when it is answered; with no sandbox yet, from the first moment of the next one."""
     session = await here.sessions.get(caller, session_id)
@@ -19,34 +20,38 @@ async def set_session(session_id: str, ask: wire.SetEgress, caller: Caller, here
     return wire.EgressPolicy.of(ask.egress(), applied)
 
 
-@router.get("/v1/egress/session/{session_id}")
+@router.get("/v1/egress/session/{session_id}", responses=problems(404))
 async def get_session(session_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
+    """The egress policy of a session."""
     egress, up = here.egress.of_session(await here.sessions.get(caller, session_id))
     return wire.EgressPolicy.of(egress, up)
 
 
-@router.post("/v1/egress/vm/{vm_id}")
+@router.post("/v1/egress/vm/{vm_id}", responses=IN_SANDBOX)
 async def set_vm(vm_id: str, ask: wire.SetEgress, caller: Caller, here: Here) -> wire.EgressPolicy:
+    """Set the egress policy of one VM. It is applied when this answers."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
     await here.egress.set_vm(session, vm.id, ask.egress())
     return wire.EgressPolicy.of(ask.egress(), True)
 
 
-@router.get("/v1/egress/vm/{vm_id}")
+@router.get("/v1/egress/vm/{vm_id}", responses=problems(404, 410))
 async def get_vm(vm_id: str, caller: Caller, here: Here) -> wire.EgressPolicy:
+    """The egress policy of one VM."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
     egress, up = here.egress.of_vm(session, vm.id)
     return wire.EgressPolicy.of(egress, up)
 
 
-@router.get("/v1/egress/session/{session_id}/log")
+@router.get("/v1/egress/session/{session_id}/log", responses=problems(404, 409, 410))
 async def session_log(session_id: str, caller: Caller, here: Here) -> wire.EgressLog:
     """Where its latest sandbox went, or tried to: at most some hundred destinations, with counts; also once that has ended."""
     return _log(*await here.egress.log(await here.sessions.get(caller, session_id)))
 
 
-@router.get("/v1/egress/vm/{vm_id}/log")
+@router.get("/v1/egress/vm/{vm_id}/log", responses=problems(404, 409, 410))
 async def vm_log(vm_id: str, caller: Caller, here: Here) -> wire.EgressLog:
+    """As the log of a session, of one VM."""
     session, _ = await here.sessions.of_vm(caller, vm_id)
     return _log(*await here.egress.log(session, vm_id))
 

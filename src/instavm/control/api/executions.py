@@ -4,17 +4,23 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.control.api.description import IN_SANDBOX
 from instavm.control.api.once import OnlyOnce
 from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
 from instavm.control.executions import Ran
 from instavm.wire import executions as wire
 
-router = APIRouter()
+router = APIRouter(tags=["executions"])
 
 
-@router.post("/execute", response_model=wire.Execution)
+@router.post("/execute", response_model=wire.Execution, responses=IN_SANDBOX)
 async def execute(ask: wire.Execute, once: OnlyOnce) -> Response:
+    """Run code to its end. Without `session_id` in a session made for it, which the answer names.
+
+    The status is 200 whatever becomes of the code: `exit_code`, `reason` and `stderr` tell. An answer that takes long begins
+    before its result is there; an error is then told in its body, as `code` and `detail`.
+    """
     caller, here = once.caller, once.here
 
     async def work() -> wire.Execution:

@@ -12,13 +12,14 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response, StreamingResponse
 
+from instavm.control.api.description import IN_SANDBOX
 from instavm.control.api.here import Here, caller_with
 from instavm.control.api.multipart import Form
 from instavm.errors import BadRequest, InstaVMError
 from instavm.wire import files as wire
 from instavm.wire.validation import refusal
 
-router = APIRouter()
+router = APIRouter(tags=["files"])
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -42,6 +43,7 @@ _FORM: Final[dict[str, Any]] = {
 @router.post(
     "/upload",
     response_model=wire.Uploaded,
+    responses=IN_SANDBOX,
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
 )
 async def upload(request: Request, here: Here) -> wire.Uploaded:
@@ -63,6 +65,7 @@ async def upload(request: Request, here: Here) -> wire.Uploaded:
 @router.post(
     "/download",
     response_model=wire.Downloaded,
+    responses={200: {"content": {wire.RAW: {}}}, **IN_SANDBOX},
     openapi_extra={
         "requestBody": {
             "required": True,

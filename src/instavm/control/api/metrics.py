@@ -9,15 +9,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.store.schema import LOCAL_TENANT
 from instavm.errors import ForbiddenError
 from instavm.sandbox import NodeInfo, NodeMetrics
 
-router = APIRouter()
+router = APIRouter(tags=["server"])
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **problems(403)})
 async def metrics(here: Here, caller: Caller) -> Response:
     """For the server's own account: how busy a host is, is nobody else's business."""
     if caller.id != LOCAL_TENANT:

@@ -7,9 +7,10 @@ from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from instavm import limits
+from instavm.control.api.description import IN_SANDBOX, EventStream, problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.processes import Window
@@ -20,13 +21,13 @@ from instavm.wire.base import Wire
 from instavm.wire.errors import Problem
 from instavm.wire.streams import RESUME_HEADER, Text
 
-router = APIRouter(prefix="/v1/sessions/{session_id}/processes")
+router = APIRouter(prefix="/v1/sessions/{session_id}/processes", tags=["processes"])
 
 After = Annotated[int, Query(ge=0)]
 Size = Annotated[int, Query(ge=limits.PROCESS_WINDOW_BYTES_MIN, le=limits.PROCESS_LOG_BYTES)]
 
 
-@router.post("", response_model=wire.Process)
+@router.post("", response_model=wire.Process, responses=IN_SANDBOX)
 async def start(session_id: str, ask: wire.StartProcess, once: OnlyOnce) -> Response:
     """It runs on when the call has returned, until it ends or the sandbox does."""
     caller, here = once.caller, once.here
@@ -37,12 +38,13 @@ async def start(session_id: str, ask: wire.StartProcess, once: OnlyOnce) -> Resp
     return await once.run(work)
 
 
-@router.get("")
+@router.get("", responses=problems(404, 410))
 async def listing(session_id: str, caller: Caller, here: Here) -> list[wire.Process]:
+    """The processes of the session's sandbox; none without a sandbox."""
     return [_record(session_id, one) for one in await here.processes.list(caller, session_id)]
 
 
-@router.get("/{process_id}")
+@router.get("/{process_id}", responses=IN_SANDBOX)
 async def read(
     session_id: str,
     process_id: str,
@@ -63,25 +65,26 @@ async def read(
     )
 
 
-@router.post("/{process_id}/stdin")
+@router.post("/{process_id}/stdin", responses=IN_SANDBOX)
 async def stdin(session_id: str, process_id: str, ask: wire.Stdin, caller: Caller, here: Here) -> wire.Process:
+    """Write to the stdin of a process: all of it, or nothing."""
     state = await here.processes.write(caller, session_id, process_id, ask.decoded(), last=ask.close)
     return _record(session_id, state)
 
 
-@router.post("/{process_id}/signal")
+@router.post("/{process_id}/signal", responses=IN_SANDBOX)
 async def signal(session_id: str, process_id: str, ask: wire.Signal, caller: Caller, here: Here) -> wire.Process:
     """To its process group; KILL to everything that it has started, also after its own end."""
     return _record(session_id, await here.processes.signal(caller, session_id, process_id, ask.signal))
 
 
-@router.post("/{process_id}/wait")
+@router.post("/{process_id}/wait", responses=IN_SANDBOX)
 async def wait(session_id: str, process_id: str, ask: wire.Wait, caller: Caller, here: Here) -> wire.Process:
     """Answered when it has ended, and after `timeout` seconds in any case."""
     return _record(session_id, await here.processes.wait(caller, session_id, process_id, ask.timeout))
 
 
-@router.get("/{process_id}/stream", response_class=StreamingResponse)
+@router.get("/{process_id}/stream", response_class=EventStream, responses=IN_SANDBOX)
 async def follow(
     session_id: str,
     process_id: str,
@@ -89,13 +92,13 @@ async def follow(
     here: Here,
     after: Annotated[int | None, Query(ge=0)] = None,
     last: Annotated[int | None, Header(alias=RESUME_HEADER, ge=0)] = None,
-) -> StreamingResponse:
+) -> EventStream:
     """What it wrote behind position `after` (else behind the one in the header), and what it writes from now on."""
     begin = after if after is not None else last or 0
     await here.processes.read(caller, session_id, process_id, begin, limits.PROCESS_WINDOW_BYTES_MIN)
     windows = here.processes.follow(caller, session_id, process_id, begin)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(session_id, windows), media_type="text/event-stream", headers=headers)
+    return EventStream(_events(session_id, windows), headers=headers)
 
 
 async def _events(session_id: str, windows: AsyncGenerator[Window, None]) -> AsyncIterator[bytes]:

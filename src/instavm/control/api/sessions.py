@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.lifecycle import State, word
@@ -19,11 +20,12 @@ from instavm.sandbox import Started
 from instavm.wire import sessions as wire
 from instavm.wire.egress import EgressPolicy
 
-router = APIRouter()
+router = APIRouter(tags=["sessions"])
 
 
-@router.post("/v1/sessions/session", response_model=wire.Session)
+@router.post("/v1/sessions/session", response_model=wire.Session, responses=problems(403, 409))
 async def create(ask: wire.CreateSession, once: OnlyOnce) -> Response:
+    """Make a session. Its sandbox begins to boot; the answer does not wait for it."""
     caller, here = once.caller, once.here
 
     async def make(target: str | None) -> wire.Session:
@@ -32,18 +34,21 @@ async def create(ask: wire.CreateSession, once: OnlyOnce) -> Response:
     return await once.create(make)
 
 
-@router.get("/v1/sessions/session/{session_id}")
+@router.get("/v1/sessions/session/{session_id}", responses=problems(404))
 async def get(session_id: str, caller: Caller, here: Here) -> wire.Session:
+    """The record of a session."""
     return _record(here, await here.sessions.get(caller, session_id))
 
 
-@router.get("/v1/sessions/status/{session_id}")
+@router.get("/v1/sessions/status/{session_id}", responses=problems(404))
 async def status(session_id: str, caller: Caller, here: Here) -> wire.SessionStatus:
+    """Whether the session's sandbox is alive."""
     return liveness(await here.sessions.get(caller, session_id))
 
 
-@router.get("/v1/sessions/usage/{session_id}")
+@router.get("/v1/sessions/usage/{session_id}", responses=problems(404))
 async def usage(session_id: str, caller: Caller, here: Here) -> wire.SessionUsage:
+    """What the session has used so far."""
     session = await here.sessions.get(caller, session_id)
     used = session.usage()
     return wire.SessionUsage(
@@ -57,7 +62,7 @@ async def usage(session_id: str, caller: Caller, here: Here) -> wire.SessionUsag
     )
 
 
-@router.get("/v1/sessions/app-url/{session_id}")
+@router.get("/v1/sessions/app-url/{session_id}", responses=problems(404, 501))
 async def app_url(
     session_id: str, caller: Caller, here: Here, port: Annotated[int, Query(ge=1, le=65535)] = 80
 ) -> wire.AppUrl:
@@ -76,11 +81,13 @@ async def sandboxes(
     metadata: str | None = None,
     limit: Annotated[int, Query(ge=1, le=limits.LIST_LIMIT_MAX)] = limits.LIST_LIMIT_DEFAULT,
 ) -> list[wire.Sandbox]:
+    """Sandboxes that are up or coming up, newest first. metadata: a JSON object; only sessions whose metadata contain it."""
     return [sandbox(one) for one in here.sessions.with_sandbox(caller, _wanted(metadata), limit)]
 
 
-@router.post("/kill")
+@router.post("/kill", responses=problems(404))
 async def kill(ask: wire.Kill, caller: Caller, here: Here) -> wire.Killed:
+    """End a session and its sandbox; nothing is left of the sandbox when this answers. Twice is fine."""
     try:
         session_id = uuid.UUID(ask.session_id)
     except ValueError:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
+from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.snapshots import complete
@@ -12,11 +13,12 @@ from instavm.control.store.snapshots import SnapshotRow
 from instavm.sandbox import Stored
 from instavm.wire import snapshots as wire
 
-router = APIRouter()
+router = APIRouter(tags=["snapshots"])
 
 
-@router.post("/v1/snapshots", response_model=wire.Snapshot)
+@router.post("/v1/snapshots", response_model=wire.Snapshot, responses=problems(403, 409))
 async def create(ask: wire.CreateSnapshot, once: OnlyOnce) -> Response:
+    """Begin to build a snapshot of an OCI image; the answer does not wait for it."""
     caller, here = once.caller, once.here
 
     async def make(_target: str | None) -> wire.Snapshot:
@@ -34,15 +36,17 @@ async def listing(
     return [record(row, sizes.get(row.id)) for row in await here.snapshots.of(caller, type)]
 
 
-@router.get("/v1/snapshots/{snapshot_id}")
+@router.get("/v1/snapshots/{snapshot_id}", responses=problems(404))
 async def get(snapshot_id: str, caller: Caller, here: Here) -> wire.Snapshot:
+    """The record of a snapshot."""
     return record(await here.snapshots.get(caller, snapshot_id), (await here.snapshots.sizes()).get(snapshot_id))
 
 
-@router.get("/v1/snapshots/{snapshot_id}/logs")
+@router.get("/v1/snapshots/{snapshot_id}/logs", responses=problems(404))
 async def logs(
     snapshot_id: str, caller: Caller, here: Here, offset: Annotated[int, Query(ge=0)] = 0
 ) -> wire.SnapshotLog:
+    """What the build of a snapshot has printed so far."""
     build = await here.snapshots.log_of(caller, snapshot_id)
     return wire.SnapshotLog(
         snapshot_id=build.row.id,
@@ -61,13 +65,15 @@ async def garbage(caller: Caller, here: Here, dry_run: bool = False) -> wire.Gar
     return wire.Garbage(removed=await here.snapshots.clear_up(dry_run=dry_run), dry_run=dry_run)
 
 
-@router.post("/v1/snapshots/{snapshot_id}/cancel")
+@router.post("/v1/snapshots/{snapshot_id}/cancel", responses=problems(404))
 async def cancel(snapshot_id: str, caller: Caller, here: Here) -> wire.Snapshot:
+    """Stop a build. One that is over stays as it is."""
     return record(await here.snapshots.cancel(caller, snapshot_id))
 
 
-@router.delete("/v1/snapshots/{snapshot_id}")
+@router.delete("/v1/snapshots/{snapshot_id}", responses=problems(403, 404, 409))
 async def delete(snapshot_id: str, caller: Caller, here: Here) -> wire.DeletedSnapshot:
+    """Remove a snapshot. Sandboxes that run from it keep running."""
     return wire.DeletedSnapshot(snapshot_id=(await here.snapshots.remove(caller, snapshot_id)).id)
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Final
 
 import anyio
 from fastapi import APIRouter, Header, Query
-from starlette.responses import StreamingResponse
 
+from instavm.control.api.description import EventStream, problems
 from instavm.control.api.executions import result
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
@@ -19,14 +19,14 @@ from instavm.wire import streams as wire
 from instavm.wire.errors import Problem
 from instavm.wire.executions import Execute
 
-router = APIRouter()
+router = APIRouter(tags=["streams"])
 
 ALIVE_S: Final = 15.0
 """Longest silence on a stream: then a comment is sent, so that nothing on the way gives it up."""
 
 
-@router.post("/execute/stream", response_class=StreamingResponse)
-async def begin(ask: Execute, once: OnlyOnce) -> StreamingResponse:
+@router.post("/execute/stream", response_class=EventStream, responses=problems(403, 404, 409))
+async def begin(ask: Execute, once: OnlyOnce) -> EventStream:
     """It runs on when the client goes away."""
     caller, here = once.caller, once.here
     if ask.session_id is not None:
@@ -35,29 +35,30 @@ async def begin(ask: Execute, once: OnlyOnce) -> StreamingResponse:
     return _stream(here.streams.get(caller, execution_id), 0)
 
 
-@router.get("/v1/executions/{execution_id}/stream", response_class=StreamingResponse)
+@router.get("/v1/executions/{execution_id}/stream", response_class=EventStream, responses=problems(404))
 async def follow(
     execution_id: str,
     caller: Caller,
     here: Here,
     after: Annotated[int | None, Query(ge=0)] = None,
     last: Annotated[int | None, Header(alias=wire.RESUME_HEADER, ge=0)] = None,
-) -> StreamingResponse:
+) -> EventStream:
     """What came after event number `after` (else after the one in the header), and what comes from now on."""
     return _stream(here.streams.get(caller, execution_id), after if after is not None else last or 0)
 
 
-@router.post("/v1/executions/{execution_id}/cancel")
+@router.post("/v1/executions/{execution_id}/cancel", responses=problems(404))
 async def cancel(execution_id: str, caller: Caller, here: Here) -> wire.Cancelled:
+    """Stop an execution that is followed. Its last event says so."""
     followed = here.streams.get(caller, execution_id)
     running = followed.ended_at is None
     here.streams.cancel(caller, execution_id)
     return wire.Cancelled(execution_id=followed.id, status="cancelling" if running else "ended")
 
 
-def _stream(followed: Followed, after: int) -> StreamingResponse:
+def _stream(followed: Followed, after: int) -> EventStream:
     headers = {wire.ID_HEADER: followed.id, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_events(followed, after), media_type="text/event-stream", headers=headers)
+    return EventStream(_events(followed, after), headers=headers)
 
 
 async def _events(followed: Followed, number: int) -> AsyncIterator[bytes]:

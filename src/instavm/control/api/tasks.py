@@ -6,16 +6,18 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.store.tasks import TaskRow
 from instavm.wire import tasks as wire
 
-router = APIRouter()
+router = APIRouter(tags=["tasks"])
 
 
-@router.post("/execute_async", response_model=wire.TaskBegun)
+@router.post("/execute_async", response_model=wire.TaskBegun, responses=problems(403, 404, 409, 410))
 async def begin(ask: wire.ExecuteAsync, once: OnlyOnce) -> Response:
+    """Run code without waiting for it. The task is recorded when this answers, and runs whatever happens to the server."""
     caller, here = once.caller, once.here
 
     async def work() -> wire.TaskBegun:
@@ -31,7 +33,7 @@ async def begin(ask: wire.ExecuteAsync, once: OnlyOnce) -> Response:
     return await once.run(work)
 
 
-@router.get("/v1/executions/")
+@router.get("/v1/executions/", include_in_schema=False)
 @router.get("/v1/executions")
 async def listing(
     caller: Caller,
@@ -42,8 +44,9 @@ async def listing(
     return [record(row) for row in await here.tasks.list(caller, limit)]
 
 
-@router.get("/v1/executions/{task_id}")
+@router.get("/v1/executions/{task_id}", responses=problems(404))
 async def get(task_id: str, caller: Caller, here: Here) -> wire.Task:
+    """A task and, once it is complete, its result."""
     return record(await here.tasks.get(caller, task_id))
 
 

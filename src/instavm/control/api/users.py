@@ -5,11 +5,12 @@ from fastapi import APIRouter
 from instavm.control.api.here import Caller
 from instavm.wire.users import SshKeys, User
 
-router = APIRouter()
+router = APIRouter(tags=["account"])
 
 
 @router.get("/v1/users/me")
 async def me(caller: Caller) -> User:
+    """The account that the key belongs to."""
     return User(id=caller.id, email=caller.email, name=caller.name, is_verified=True)
 
 

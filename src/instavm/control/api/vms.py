@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from instavm import limits
 from instavm.control.api import snapshots
+from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.api.sessions import start
@@ -23,11 +24,12 @@ from instavm.wire.env import coerce
 from instavm.wire.isolation import Isolation
 from instavm.wire.snapshots import Snapshot
 
-router = APIRouter()
+router = APIRouter(tags=["vms"])
 
 
-@router.post("/v1/vms", response_model=wire.Vm)
+@router.post("/v1/vms", response_model=wire.Vm, responses=IN_SANDBOX)
 async def create(ask: wire.CreateVm, once: OnlyOnce, wait: bool = True) -> Response:
+    """Make a VM. wait: until it is up; a boot that fails is then an error, and nothing is left."""
     caller, here = once.caller, once.here
 
     async def make(target: str | None) -> wire.Vm:
@@ -71,14 +73,16 @@ async def all_records(
     return await _records(here, await here.sessions.all_vms(caller, limit))
 
 
-@router.get("/v1/vms/{vm_id}")
+@router.get("/v1/vms/{vm_id}", responses=problems(404))
 async def get(vm_id: str, caller: Caller, here: Here) -> wire.Vm:
+    """The record of a VM, up or long gone."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
     return await _record(here, session.row, vm)
 
 
-@router.patch("/v1/vms/{vm_id}")
+@router.patch("/v1/vms/{vm_id}", responses=problems(403, 404, 409, 501))
 async def update(vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> wire.Vm:
+    """Change a VM's metadata, lifetime and options; what is left out stays."""
     session, vm = await _up(here, caller, vm_id)
     if ask.memory_mb not in (None, session.row.memory_mib):
         raise UnsupportedOperationError(
@@ -90,15 +94,17 @@ async def update(vm_id: str, ask: wire.UpdateVm, caller: Caller, here: Here) -> 
     return await _record(here, session.row, session.latest() or vm)
 
 
-@router.delete("/v1/vms/{vm_id}")
+@router.delete("/v1/vms/{vm_id}", responses=problems(404))
 async def delete(vm_id: str, caller: Caller, here: Here) -> wire.Deleted:
+    """End a VM and its session; nothing is left of it when this answers."""
     session, vm = await _up(here, caller, vm_id)
     await here.sessions.kill(session)
     return wire.Deleted(vm_id=vm.id)
 
 
-@router.post("/v1/vms/{vm_id}/stage-env")
+@router.post("/v1/vms/{vm_id}/stage-env", responses=IN_SANDBOX)
 async def stage_env(vm_id: str, ask: wire.StageEnv, caller: Caller, here: Here) -> wire.Staged:
+    """Set environment variables for everything that starts in the VM from now on."""
     session, _ = await _up(here, caller, vm_id)
     try:
         env: Any = coerce({entry.env_name: entry.value for entry in ask.entries})
@@ -108,8 +114,9 @@ async def stage_env(vm_id: str, ask: wire.StageEnv, caller: Caller, here: Here) 
     return wire.Staged(vm_id=vm_id, env_keys=sorted(env))
 
 
-@router.post("/v1/vms/{vm_id}/suspend")
+@router.post("/v1/vms/{vm_id}/suspend", responses=IN_SANDBOX)
 async def suspend(vm_id: str, caller: Caller, here: Here) -> wire.Suspended:
+    """Save a VM to disk, memory included, and end it. It uses no memory of the host until it is resumed."""
     session, _ = await _up(here, caller, vm_id)
     row, stored = await here.sessions.suspend(session)
     return wire.Suspended(
@@ -121,16 +128,18 @@ async def suspend(vm_id: str, caller: Caller, here: Here) -> wire.Suspended:
     )
 
 
-@router.post("/v1/vms/{vm_id}/resume")
+@router.post("/v1/vms/{vm_id}/resume", responses=IN_SANDBOX)
 async def resume(vm_id: str, caller: Caller, here: Here, wait: bool = True) -> wire.Resumed:
+    """Bring a suspended VM back, under a new id. wait: until it is up."""
     session, _ = await _up(here, caller, vm_id)
     vm = await here.sessions.resume(session, wait=wait)
     status = "active" if vm.settled.is_set() else "resuming"
     return wire.Resumed(vm_id=vm.id, session_id=uuid.UUID(session.id), status=status, previous_vm_id=vm_id)
 
 
-@router.post("/v1/vms/{vm_id}/fork", response_model=wire.Forked)
+@router.post("/v1/vms/{vm_id}/fork", response_model=wire.Forked, responses=IN_SANDBOX)
 async def fork(vm_id: str, ask: wire.ForkVm, once: OnlyOnce) -> Response:
+    """Copy a running VM, memory and disk, into sessions of their own. All copies are made, or none."""
     caller, here = once.caller, once.here
 
     async def make() -> wire.Forked:
@@ -146,7 +155,7 @@ async def fork(vm_id: str, ask: wire.ForkVm, once: OnlyOnce) -> Response:
     return await once.run(make)
 
 
-@router.post("/v1/vms/{vm_id}/snapshot", response_model=Snapshot)
+@router.post("/v1/vms/{vm_id}/snapshot", response_model=Snapshot, responses=IN_SANDBOX)
 async def snapshot(vm_id: str, once: OnlyOnce, ask: wire.SnapshotVm | None = None, wait: bool = True) -> Response:
     """Its disk is kept when this answers. wait: until it has been booted once and is `ready`; else it is `creating`."""
     caller, here = once.caller, once.here
@@ -159,7 +168,7 @@ async def snapshot(vm_id: str, once: OnlyOnce, ask: wire.SnapshotVm | None = Non
     return await once.run(make)
 
 
-@router.post("/v1/vms/{vm_id}/clone", response_model=wire.Cloned)
+@router.post("/v1/vms/{vm_id}/clone", response_model=wire.Cloned, responses=IN_SANDBOX)
 async def clone(vm_id: str, once: OnlyOnce, ask: wire.CloneVm | None = None, wait: bool = True) -> Response:
     """A new VM on a snapshot of the disk. The snapshot is kept when it was given a name."""
     caller, here = once.caller, once.here
@@ -196,7 +205,7 @@ async def clone(vm_id: str, once: OnlyOnce, ask: wire.CloneVm | None = None, wai
     return await once.run(make)
 
 
-@router.get("/v1/vms/{vm_id}/isolation")
+@router.get("/v1/vms/{vm_id}/isolation", responses=IN_SANDBOX)
 async def isolation(vm_id: str, caller: Caller, here: Here) -> Isolation:
     """What confines it at this moment, signed with its host's key."""
     session, _ = await _up(here, caller, vm_id)
