@@ -85,6 +85,19 @@ PACKAGES_CHARS: Final = 8192
 BUILD_DISK_GIB_MIN: Final = 1
 BUILD_DISK_GIB_MAX: Final = 16
 
+REQUESTS_MAX: Final = 1000
+"""Requests of one account that may be under way at one time, those that wait or follow included."""
+EXECUTIONS_MAX: Final = 500
+"""Executions of one account that may run, or wait for their turn, at one time; tasks are counted by themselves."""
+STREAMS_MAX: Final = 128
+"""Of these, executions that are streamed: the server keeps the latest output of each."""
+TASKS_MAX: Final = 500
+"""Tasks of one account that may run, or wait for their turn, at one time."""
+TRANSFERS_MAX: Final = 64
+"""Uploads and downloads of one account at one time."""
+BUILDS_MAX: Final = 16
+"""Snapshots of one account that may be built at one time."""
+
 LIST_LIMIT_MAX: Final = 1000
 LIST_LIMIT_DEFAULT: Final = 100
 

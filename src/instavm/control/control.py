@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import anyio
 
+from instavm import limits
 from instavm.control.accounts import Authenticator, Keys
 from instavm.control.adoption import reconcile
+from instavm.control.bounds import Bound
 from instavm.control.egress import Egresses
 from instavm.control.executions import Executions
 from instavm.control.files import Files
@@ -41,6 +43,8 @@ class Control:
     egress: Egresses
     repeats: Repeats
     snapshots: Snapshots
+    requests: Bound
+    """Of accounts, whatever they ask for: each holds memory and a connection while it waits."""
 
     async def stop(self) -> None:
         """End every sandbox, take no new one, and return when nothing is left. Twice is fine."""
@@ -83,6 +87,7 @@ async def open_control(
             egress=egress,
             repeats=Repeats(store.repeats),
             snapshots=Snapshots(node, store, sessions, egress, quotas, tasks),
+            requests=Bound("requests", limits.REQUESTS_MAX),
         )
         vms.before_end = control.snapshots.keep_last
         await reconcile(node, store, sessions)

@@ -8,6 +8,7 @@ from typing import Final
 import anyio
 
 from instavm import limits
+from instavm.control.bounds import Bound
 from instavm.control.node import Node
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
@@ -37,14 +38,19 @@ class Executions:
     def __init__(self, node: Node, sessions: Sessions) -> None:
         self._node = node
         self._sessions = sessions
+        self._bound = Bound("executions", limits.EXECUTIONS_MAX)
 
     async def execute(self, tenant: Tenant, ask: Execute, on_output: OutputSink | None = None) -> Ran:
-        """As `run`, in the session that is named, or in one made for it. Raises: SessionNotFound, too."""
-        if ask.session_id is None:
-            session = await self._sessions.create(tenant, CreateSession())
-        else:
-            session = await self._sessions.get(tenant, ask.session_id)
-        return await self.run(session, ask, on_output)
+        """As `run`, in the session that is named, or in one made for it.
+
+        Raises: also SessionNotFound; RateLimitError: too many of this account run or wait.
+        """
+        with self._bound.held(tenant.id):
+            if ask.session_id is None:
+                session = await self._sessions.create(tenant, CreateSession())
+            else:
+                session = await self._sessions.get(tenant, ask.session_id)
+            return await self.run(session, ask, on_output)
 
     async def run(
         self, session: Session, ask: Execute, on_output: OutputSink | None = None, *, task: str | None = None

@@ -11,6 +11,7 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from instavm import limits
 from instavm.control.builds import Build, Builder
 from instavm.control.egress import Egresses
 from instavm.control.ids import new_snapshot_id
@@ -22,7 +23,7 @@ from instavm.control.store.database import Store
 from instavm.control.store.schema import LOCAL_TENANT
 from instavm.control.store.snapshots import UNFINISHED, SnapshotRow
 from instavm.control.vms import Vm
-from instavm.errors import Conflict, ForbiddenError, InstaVMError, NotFound, SnapshotError
+from instavm.errors import Conflict, ForbiddenError, InstaVMError, NotFound, RateLimitError, SnapshotError
 from instavm.sandbox import Stored
 from instavm.wire.snapshots import CreateSnapshot
 
@@ -77,7 +78,11 @@ class Snapshots:
         return self._builds.get(row.id) or Build(row, row.log, done=1)
 
     async def build(self, tenant: Tenant, ask: CreateSnapshot) -> SnapshotRow:
-        """Begin to build one and return at once. Raises: QuotaExceededError, ForbiddenError."""
+        """Begin to build one and return at once. Raises: QuotaExceededError, ForbiddenError; RateLimitError: too many at once."""
+        if sum(one.row.tenant_id == tenant.id for one in self._builds.values()) >= limits.BUILDS_MAX:
+            raise RateLimitError(
+                f"this account has {limits.BUILDS_MAX} builds of snapshots under way, which is the limit; wait for some"
+            )
         if ask.oci_image.startswith(ON_HOST) and tenant.id != LOCAL_TENANT:
             raise ForbiddenError("oci_image: images on the server's own disk are for the server's own account")
         if ask.type == "system" and tenant.id != LOCAL_TENANT:

@@ -13,6 +13,8 @@ from typing import Final, Literal
 import anyio
 from anyio.abc import TaskGroup
 
+from instavm import limits
+from instavm.control.bounds import Bound
 from instavm.control.executions import Executions, Ran
 from instavm.control.store.accounts import Tenant
 from instavm.errors import InstaVMError, NotFound
@@ -101,9 +103,14 @@ class Streams:
         self._executions = executions
         self._tasks = tasks
         self._known: dict[str, Followed] = {}
+        self._bound = Bound("streamed executions", limits.STREAMS_MAX)
 
     def begin(self, tenant: Tenant, ask: Execute) -> Followed:
-        """Run a command; what becomes of it, and every error, is told by its events."""
+        """Run a command; what becomes of it, and every later error, is told by its events.
+
+        Raises: RateLimitError: too many of this account run or wait.
+        """
+        self._bound.take(tenant.id)
         self._forget(tenant.id)
         followed = Followed(tenant.id, ask.session_id, ask.language)
         self._known[followed.id] = followed
@@ -126,6 +133,12 @@ class Streams:
         return followed
 
     async def _run(self, tenant: Tenant, ask: Execute, followed: Followed) -> None:
+        try:
+            await self._run_to_end(tenant, ask, followed)
+        finally:
+            self._bound.release(tenant.id)
+
+    async def _run_to_end(self, tenant: Tenant, ask: Execute, followed: Followed) -> None:
         try:
             with followed.scope:
                 ran = await self._executions.execute(tenant, ask, followed.take)

@@ -27,8 +27,6 @@ from instavm.wire.tasks import ExecuteAsync
 
 log = logging.getLogger(__name__)
 
-UNFINISHED_MAX: Final = 500
-"""Tasks of one tenant that may wait or run at one time."""
 BEYOND_S: Final = 3600.0
 """Added to what is left of a lifetime, for a task that shall run until its sandbox ends: it never gets there."""
 
@@ -67,10 +65,8 @@ class Tasks:
     async def begin(self, tenant: Tenant, ask: ExecuteAsync) -> TaskRow:
         """Record a task and let it run; its id is good at once. Raises: SessionNotFound, SessionEnded, RateLimitError."""
         mine = Counter(row.tenant_id for row in self._under_way.values())[tenant.id]
-        if mine >= UNFINISHED_MAX:
-            raise RateLimitError(
-                f"{mine} tasks of this account have not ended yet; wait for some, or end their sandboxes"
-            )
+        if mine >= limits.TASKS_MAX:
+            raise RateLimitError(f"this account has {mine} tasks under way, which is the limit; wait for some")
         if ask.session_id is None:
             session = await self._sessions.create(tenant, CreateSession())
         else:

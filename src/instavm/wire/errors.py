@@ -15,3 +15,5 @@ class Problem(Wire):
     """For programs; `errors.py` names them all."""
     field: str | None = None
     allowed: str | None = None
+    retry_after_s: float | None = None
+    """After how many seconds it is worth trying again, if the server knows: as the header `Retry-After` has it, in whole ones."""

@@ -275,3 +275,14 @@ def test_an_error_that_is_none_of_ours_is_refused():
         with pytest.raises(ValueError, match="error"):
             calls.load_error(told)
     assert issubclass(InstaVMError, Exception)
+
+
+async def test_a_full_node_says_when_to_come_back(node, monkeypatch):
+    async def full(spec):
+        raise NoCapacity("this host is full", 41.5)
+
+    monkeypatch.setattr(node, "_misbehave", full)
+    async with across(node) as remote:
+        with pytest.raises(NoCapacity) as caught:
+            await remote.start(SPEC)
+    assert caught.value.retry_after_s == 41.5

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instavm import limits
 from instavm.control.api.errors import answer
+from instavm.control.api.here import ENDING
 from instavm.errors import TooLarge
 
 UNBOUNDED: Final = frozenset({"/upload"})
@@ -16,7 +18,7 @@ _LENGTH: Final = b"content-length"
 
 
 class Edge:
-    """Takes `//execute` for `/execute` (base URLs with a slash at the end are common) and bounds the body."""
+    """Takes `//execute` for `/execute` (base URLs with a slash at the end are common), bounds the body, and ends the request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -26,7 +28,16 @@ class Edge:
             await self._app(scope, receive, send)
             return
         if scope["path"].startswith("//"):
-            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
+            scope["path"] = "/" + scope["path"].lstrip("/")
+        endings: list[Callable[[], None]] = []
+        scope[ENDING] = endings
+        try:
+            await self._bounded(scope, receive, send)
+        finally:
+            for end in endings:
+                end()
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in UNBOUNDED:
             await self._app(scope, receive, send)
             return

@@ -61,7 +61,17 @@ def answer(exc: errors.InstaVMError) -> Response:
     if isinstance(exc, errors.InvalidInput):
         field, allowed = exc.field, exc.allowed
     listed = [{"loc": ["body", field], "msg": detail, "type": exc.code}] if status == 422 else detail
-    return _reply(status, Problem(detail=listed, code=exc.code, field=field, allowed=allowed), _headers(exc))
+    problem = Problem(detail=listed, code=exc.code, field=field, allowed=allowed, retry_after_s=_retry_after_s(exc))
+    return _reply(status, problem, _headers(exc))
+
+
+def problem(exc: errors.InstaVMError) -> Problem:
+    """What is told of one of our errors where there is no status to tell it with."""
+    return Problem(detail=str(exc), code=exc.code, retry_after_s=_retry_after_s(exc))
+
+
+def _retry_after_s(exc: errors.InstaVMError) -> float | None:
+    return exc.retry_after_s if isinstance(exc, errors.RateLimitError) else None
 
 
 def _headers(exc: errors.InstaVMError) -> Mapping[str, str] | None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, Request
 
 from instavm.control.control import Control
 from instavm.control.store.accounts import Tenant
 from instavm.errors import AuthenticationError
+
+ENDING: Final = "instavm.ending"
+"""Where a request's scope has the functions to call when it is over: `edge.Edge` calls them."""
 
 
 async def control_of(request: Request) -> Control:
@@ -29,14 +33,20 @@ async def caller_of(request: Request) -> Tenant:
 
 
 async def caller_with(request: Request, control: Control, body_key: Any) -> Tenant:
-    """The same for a body that a route reads itself. Raises: AuthenticationError."""
+    """The same for a body that a route reads itself. The request is counted as one of its tenant's until it is answered.
+
+    Raises: as `caller_of`; RateLimitError also when too many of the tenant's are under way.
+    """
     given = body_key.strip() if isinstance(body_key, str) else None
     keys = {key for key in (*_header_keys(request), given) if key}
     if len(keys) > 1:
         raise AuthenticationError("two different API keys came with one request")
     if not keys:
         raise AuthenticationError("an API key is needed: header X-API-Key, or api_key in the JSON body")
-    return await control.accounts.tenant_of(keys.pop())
+    tenant = await control.accounts.tenant_of(keys.pop())
+    control.requests.take(tenant.id)
+    request.scope[ENDING].append(partial(control.requests.release, tenant.id))
+    return tenant
 
 
 Caller = Annotated[Tenant, Depends(caller_of)]

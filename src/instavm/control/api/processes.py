@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from instavm import limits
 from instavm.control.api.description import IN_SANDBOX, EventStream, problems
+from instavm.control.api.errors import problem
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.processes import Window
@@ -18,7 +19,6 @@ from instavm.errors import InstaVMError
 from instavm.sandbox import ProcessState
 from instavm.wire import processes as wire
 from instavm.wire.base import Wire
-from instavm.wire.errors import Problem
 from instavm.wire.streams import RESUME_HEADER, Text
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/processes", tags=["processes"])
@@ -108,7 +108,7 @@ async def _events(session_id: str, windows: AsyncGenerator[Window, None]) -> Asy
             async for window in windows:
                 yield b"".join(_told(session_id, window)) or b": still there\n\n"
     except InstaVMError as exc:
-        yield _event(0, "error", Problem(detail=str(exc), code=exc.code))
+        yield _event(0, "error", problem(exc))
 
 
 def _told(session_id: str, window: Window) -> list[bytes]:

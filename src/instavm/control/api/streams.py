@@ -9,6 +9,7 @@ import anyio
 from fastapi import APIRouter, Header, Query
 
 from instavm.control.api.description import EventStream, problems
+from instavm.control.api.errors import problem
 from instavm.control.api.executions import result
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
@@ -16,7 +17,6 @@ from instavm.control.executions import Ran
 from instavm.control.streams import Event, Followed
 from instavm.errors import InstaVMError
 from instavm.wire import streams as wire
-from instavm.wire.errors import Problem
 from instavm.wire.executions import Execute
 
 router = APIRouter(tags=["streams"])
@@ -85,7 +85,7 @@ def _data(followed: Followed, event: Event) -> str:
         case Ran() as ran:
             return result(followed.language, ran).model_dump_json()
         case InstaVMError() as error:
-            return Problem(detail=str(error), code=error.code).model_dump_json()
+            return problem(error).model_dump_json(exclude_none=True)
         case str() as text if event.kind == "output":
             return text
         case text:
