@@ -46,11 +46,15 @@ class Executions:
         Raises: also SessionNotFound; RateLimitError: too many of this account run or wait.
         """
         with self._bound.held(tenant.id):
-            if ask.session_id is None:
-                session = await self._sessions.create(tenant, CreateSession())
-            else:
-                session = await self._sessions.get(tenant, ask.session_id)
-            return await self.run(session, ask, on_output)
+            if ask.session_id is not None:
+                return await self.run(await self._sessions.get(tenant, ask.session_id), ask, on_output)
+            session = await self._sessions.create(tenant, CreateSession())
+            try:
+                return await self.run(session, ask, on_output)
+            except anyio.get_cancelled_exc_class():
+                with anyio.CancelScope(shield=True):  # only the answer would have told its id
+                    await self._sessions.kill(session)
+                raise
 
     async def run(
         self, session: Session, ask: Execute, on_output: OutputSink | None = None, *, task: str | None = None

@@ -19,7 +19,8 @@ async def execute(ask: wire.Execute, once: OnlyOnce) -> Response:
     """Run code to its end. Without `session_id` in a session made for it, which the answer names.
 
     The status is 200 whatever becomes of the code: `exit_code`, `reason` and `stderr` tell. An answer that takes long begins
-    before its result is there; an error is then told in its body, as `code` and `detail`.
+    before its result is there; an error is then told in its body, as `code` and `detail`. When the caller goes away, the code is
+    stopped; not so with an `Idempotency-Key`, under which its result can be asked for again.
     """
     caller, here = once.caller, once.here
 
@@ -27,7 +28,7 @@ async def execute(ask: wire.Execute, once: OnlyOnce) -> Response:
         return result(ask.language, await here.executions.execute(caller, ask))
 
     patience_s = limits.EXECUTE_TIMEOUT_S_DEFAULT if ask.timeout is None else ask.timeout
-    return Patient(lambda: once.run(work), patience_s)
+    return Patient(lambda: once.run(work), patience_s, stops=not once.repeatable)
 
 
 def result(language: str, ran: Ran) -> wire.Execution:

@@ -15,6 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from instavm.control.api.description import IN_SANDBOX
 from instavm.control.api.here import Here, caller_with
 from instavm.control.api.multipart import Form
+from instavm.control.api.patience import while_connected
 from instavm.errors import BadRequest, InstaVMError
 from instavm.wire import files as wire
 from instavm.wire.validation import refusal
@@ -82,7 +83,9 @@ async def download(request: Request, here: Here) -> Response:
     caller = await caller_with(request, here, given.get("api_key"))
     ask = _checked(wire.Download, given)
     pieces = await here.files.get(caller, ask.session_id, ask.filename)
-    first = await anext(pieces, b"")  # before the answer begins: what is refused is refused with a status of its own
+    first = await while_connected(
+        request, anext(pieces, b"")
+    )  # before the answer begins: what is refused is refused with a status of its own
     whole = _after(first, pieces)
     if wire.RAW in request.headers.get("accept", ""):
         return StreamingResponse(whole, media_type=wire.RAW)

@@ -34,6 +34,11 @@ class Once:
         self.here = here
         self._key = key
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether the client may come back for the answer."""
+        return self._key is not None
+
     async def create(self, work: Callable[[str | None], Awaitable[Wire]]) -> Response:
         """Make something, in the session whose id `work` is handed; None = in one of its own. Broken off, it is begun again."""
         return _json(await self._answer(work, again=True))

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
 from instavm import limits
@@ -14,6 +14,7 @@ from instavm.control.api.description import IN_SANDBOX, EventStream, problems
 from instavm.control.api.errors import problem
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
+from instavm.control.api.patience import while_connected
 from instavm.control.processes import Window
 from instavm.errors import InstaVMError
 from instavm.sandbox import ProcessState
@@ -79,9 +80,12 @@ async def signal(session_id: str, process_id: str, ask: wire.Signal, caller: Cal
 
 
 @router.post("/{process_id}/wait", responses=IN_SANDBOX)
-async def wait(session_id: str, process_id: str, ask: wire.Wait, caller: Caller, here: Here) -> wire.Process:
+async def wait(
+    request: Request, session_id: str, process_id: str, ask: wire.Wait, caller: Caller, here: Here
+) -> wire.Process:
     """Answered when it has ended, and after `timeout` seconds in any case."""
-    return _record(session_id, await here.processes.wait(caller, session_id, process_id, ask.timeout))
+    waiting = here.processes.wait(caller, session_id, process_id, ask.timeout)
+    return _record(session_id, await while_connected(request, waiting))
 
 
 @router.get("/{process_id}/stream", response_class=EventStream, responses=IN_SANDBOX)
