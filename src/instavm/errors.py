@@ -39,6 +39,8 @@ InstaVMError
 
 from __future__ import annotations
 
+import reprlib
+
 
 class InstaVMError(Exception):
     """What a caller may want to catch. `code` is for programs and stays; the text is for people."""
@@ -204,6 +206,11 @@ class UnsupportedOperationError(InstaVMError):
     code = "unsupported"
 
 
+_REPR = reprlib.Repr()
+"""Follows values no deeper and no further than is shown of them."""
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+
+
 def _short(value: object, limit: int = 80) -> str:
-    text = repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

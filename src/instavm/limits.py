@@ -35,6 +35,8 @@ ENV_VARIABLES: Final = 256
 ENV_BYTES: Final = 128 << 10
 """All names and values of one environment together."""
 METADATA_BYTES: Final = 16 << 10
+JSON_DEPTH: Final = 64
+"""How deep values may be nested: metadata that comes in, rich outputs that go out."""
 
 LANGUAGES: Final = ("python", "bash", "sh", "javascript")
 LANGUAGE_ALIASES: Final[Mapping[str, str]] = {"node": "javascript", "js": "javascript"}
@@ -117,7 +119,7 @@ ALLOWED: Final[Mapping[str, str]] = {
         f"at most {ENV_VARIABLES} variables with names of letters, digits and _ (no digit first) and with"
         f" strings, numbers or booleans without NUL as values, {ENV_BYTES} bytes in all"
     ),
-    "metadata": f"an object of at most {METADATA_BYTES} bytes of JSON",
+    "metadata": f"an object of at most {METADATA_BYTES} bytes of JSON, nested at most {JSON_DEPTH} deep",
     "count": f"a whole number from 1 to {FORKS_MAX}",
     "oci_image": "a reference such as python:3.12-slim, host:port/name@sha256:…, oci:/path:tag or docker-archive:/path",
     "build_args": (

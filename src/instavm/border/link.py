@@ -16,6 +16,8 @@ from typing import Any, Final
 import anyio
 import msgpack
 
+from instavm.wire.text import presentable
+
 log = logging.getLogger(__name__)
 
 LENGTH: Final = struct.Struct("!I")
@@ -44,7 +46,10 @@ class Kind(IntEnum):
 
 
 class Link(asyncio.Protocol):
-    """`take` gets every message as it arrives, on the event loop; what breaks the rules ends the link."""
+    """`take` gets every message as it arrives, on the event loop; what breaks the rules ends the link.
+
+    Text arrives as Unicode: a lone surrogate, which a guest's names may hold and JSON can't, becomes U+FFFD.
+    """
 
     def __init__(self, take: Callable[[Kind, int, Any], None]) -> None:
         self._take = take
@@ -56,7 +61,7 @@ class Link(asyncio.Protocol):
         """Never waits. To a side that is gone, or hopelessly behind, nothing is sent."""
         if self._transport is None or self._transport.is_closing():
             return
-        message = msgpack.packb((int(kind), call, body), default=_plain, unicode_errors="surrogatepass", datetime=True)
+        message = _packed(kind, call, body)
         if len(message) < TOGETHER:
             self._transport.write(LENGTH.pack(len(message)) + message)
         else:  # put together it would be in memory once more
@@ -90,7 +95,7 @@ class Link(asyncio.Protocol):
                 if len(inbox) < end:
                     break
                 kind, call, body = msgpack.unpackb(
-                    memoryview(inbox)[start + LENGTH.size : end], unicode_errors="surrogatepass", timestamp=3
+                    memoryview(inbox)[start + LENGTH.size : end], unicode_errors="replace", timestamp=3
                 )
                 start = end
                 self._take(Kind(kind), int(call), body)
@@ -101,6 +106,19 @@ class Link(asyncio.Protocol):
             return
         if start:
             del inbox[:start]
+
+
+def _packed(kind: Kind, call: int, body: Any) -> bytes:
+    try:
+        return _pack((int(kind), call, body))
+    except ValueError:  # nested deeper than messages may be, as only values of a guest can be
+        return _pack((int(kind), call, presentable(body)))
+
+
+def _pack(message: object) -> bytes:
+    packed = msgpack.packb(message, default=_plain, unicode_errors="surrogatepass", datetime=True)
+    assert isinstance(packed, bytes)
+    return packed
 
 
 def _plain(value: object) -> object:

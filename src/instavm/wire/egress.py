@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from instavm import limits
 from instavm.sandbox import Egress
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 
 LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 NAME: Final = re.compile(rf"(?:\*\.)?(?:{LABEL}\.)*{LABEL}")
@@ -71,7 +71,7 @@ Cidrs = Annotated[
 ]
 
 
-class SetEgress(Wire):
+class SetEgress(Asked):
     """What a sandbox may reach; what is left out is not allowed. The first flag has two names, of which the stricter holds."""
 
     allow_package_managers: Annotated[bool | None, Field(strict=True)] = None

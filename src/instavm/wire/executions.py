@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 
 from instavm import limits
-from instavm.errors import BadRequest
-from instavm.wire.base import Wire
+from instavm.errors import BadRequest, InvalidInput
+from instavm.wire.base import Asked, Wire
 from instavm.wire.sessions import Start
 
 
@@ -43,7 +43,7 @@ TimeoutS = Annotated[
 ]
 
 
-class Execute(Wire):
+class Execute(Asked):
     """One command. It may come as `command` or as `code`, which wins when both are there."""
 
     command: Code
@@ -54,6 +54,10 @@ class Execute(Wire):
     timeout: TimeoutS | None = None
     """Seconds of wall clock in the guest; boot is not counted. None = the server's default."""
 
+    @classmethod
+    def read(cls) -> frozenset[str]:
+        return frozenset({*cls.model_fields, "code"})
+
     @model_validator(mode="before")
     @classmethod
     def _code_is_command(cls, given: Any) -> Any:
@@ -63,6 +67,14 @@ class Execute(Wire):
         if command is None:
             raise BadRequest("command", None, limits.ALLOWED["command"])
         return {**given, "command": command}
+
+    @model_validator(mode="after")
+    def _fits_a_shell(self) -> Self:
+        if self.language in limits.SHELLS and "\0" in self.command:
+            raise InvalidInput(
+                "command", "a shell command with NUL", "for a shell, " + limits.ALLOWED["command"] + ", without NUL"
+            )
+        return self
 
 
 class Execution(Wire):

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, SecretStr
 
 from instavm import limits
-from instavm.wire.base import Wire
+from instavm.wire.base import Asked, Wire
 
 RAW: Final = "application/octet-stream"
 """`Accept` this on a download, and the file's bytes come as they are; else they come as base64 in JSON."""
@@ -27,7 +27,7 @@ def _sendable(path: str) -> str:
 FilePath = Annotated[str, AfterValidator(_sendable)]
 
 
-class Upload(Wire):
+class Upload(Asked):
     """The text parts of an upload; the part `file` comes last."""
 
     remote_path: FilePath
@@ -42,7 +42,7 @@ class Uploaded(Wire):
     size: int
 
 
-class Download(Wire):
+class Download(Asked):
     """As a form or as JSON. A relative `filename` starts at /app."""
 
     filename: FilePath

@@ -6,15 +6,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.sessions import or_
 
 
-class CreateKey(Wire):
+class CreateKey(Asked):
     description: Annotated[str, or_(""), Field(max_length=1000)] = ""
 
 
-class UpdateKey(Wire):
+class UpdateKey(Asked):
     description: str | None = Field(None, max_length=1000)
 
 

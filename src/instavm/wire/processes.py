@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from instavm import limits
 from instavm.errors import InvalidInput
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.env import Env
 
 
@@ -74,7 +74,7 @@ def _wait_s(value: object) -> object:
     return value
 
 
-class StartProcess(Wire):
+class StartProcess(Asked):
     """A `command` of one string is for the shell; a list is a program and its arguments."""
 
     command: Annotated[str | list[str], BeforeValidator(_command)]
@@ -129,7 +129,7 @@ class Lost(Wire):
     bytes: int
 
 
-class Stdin(Wire):
+class Stdin(Asked):
     data: str = ""
     encoding: Literal["utf-8", "base64"] = "utf-8"
     close: bool = False
@@ -153,10 +153,10 @@ class Stdin(Wire):
         return data
 
 
-class Signal(Wire):
+class Signal(Asked):
     signal: Annotated[str, BeforeValidator(_signal), AfterValidator(_known)]
 
 
-class Wait(Wire):
+class Wait(Asked):
     timeout: Annotated[float, BeforeValidator(_wait_s), Field(json_schema_extra={"maximum": 60})] = 30.0
     """Seconds."""

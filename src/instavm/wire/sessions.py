@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from instavm import limits
 from instavm.sandbox import Tier
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env
 
@@ -41,7 +41,7 @@ RequireIsolation = Tier | None
 """The weakest tier that will do: a host that has only less refuses, and nothing is started."""
 
 
-class CreateSession(Wire):
+class CreateSession(Asked):
     """`POST /v1/sessions/session`. `env` values are never stored, answered or logged."""
 
     api_key: SecretStr | None = None
@@ -141,7 +141,7 @@ class AppUrl(Wire):
     expires_in_seconds: int | None
 
 
-class Kill(Wire):
+class Kill(Asked):
     """`POST /kill`."""
 
     session_id: str

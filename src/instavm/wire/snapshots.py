@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from instavm import limits
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.egress import SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import Vcpus, or_
@@ -41,7 +41,7 @@ MemoryMib = Annotated[
 ]
 
 
-class BuildArgs(Wire):
+class BuildArgs(Asked):
     """What is added to an image. All of it runs in a sandbox of the image. Packages are separated by spaces."""
 
     extra_apt_packages: Packages = None
@@ -54,7 +54,7 @@ class BuildArgs(Wire):
     post_build_cmd: str | None = Field(None, max_length=100_000)
 
 
-class CreateSnapshot(Wire):
+class CreateSnapshot(Asked):
     """`POST /v1/snapshots`. Credentials are used once, to fetch the image, and kept nowhere.
 
     egress_policy: what the build may reach besides package registries and the host of `git_clone_url`.

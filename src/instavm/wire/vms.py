@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from instavm import limits
 from instavm.errors import UnsupportedOperationError
-from instavm.wire.base import Timestamp, Wire
+from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env
 from instavm.wire.sessions import Memory, MemoryMib, Metadata, RequireIsolation, Start, Vcpus, or_
@@ -30,7 +30,7 @@ NotHere = Annotated[None, BeforeValidator(_not_here)]
 """Fields of the hosted service that change what a VM is: ignoring one would make a VM that nobody asked for."""
 
 
-class CreateVm(Wire):
+class CreateVm(Asked):
     """`POST /v1/vms`. `session_id`: make the VM in that session, which must have none."""
 
     session_id: str | None = None
@@ -59,7 +59,7 @@ class CreateVm(Wire):
 OPTIONS = ("snapshot_on_terminate", "snapshot_name", "auto_suspend", "auto_resume")
 
 
-class UpdateVm(Wire):
+class UpdateVm(Asked):
     """`PATCH /v1/vms/{id}`: what is left out stays. What cannot be changed is ignored; the answer tells what holds."""
 
     memory_mb: Memory | None = None
@@ -133,7 +133,7 @@ class Resumed(Wire):
     previous_vm_id: str
 
 
-class CloneVm(Wire):
+class CloneVm(Asked):
     """`POST /v1/vms/{id}/clone`. snapshot_name: keep the snapshot that it takes, under this name."""
 
     snapshot_name: str | None = Field(None, max_length=200)
@@ -147,13 +147,13 @@ class Cloned(Wire):
     snapshot_deleted: bool
 
 
-class SnapshotVm(Wire):
+class SnapshotVm(Asked):
     """`POST /v1/vms/{id}/snapshot`."""
 
     name: str | None = Field(None, max_length=200)
 
 
-class ForkVm(Wire):
+class ForkVm(Asked):
     """`POST /v1/vms/{id}/fork`: `count` copies of a running VM. env: on top of what it has, in each copy."""
 
     count: int = Field(1, strict=True, ge=1, le=limits.FORKS_MAX)
@@ -174,12 +174,12 @@ class Forked(Wire):
     forks: list[Fork]
 
 
-class StageEntry(Wire):
+class StageEntry(Asked):
     env_name: str
     value: Any = Field(repr=False)
 
 
-class StageEnv(Wire):
+class StageEnv(Asked):
     """`POST /v1/vms/{id}/stage-env`. Values go into the guest and are kept nowhere else."""
 
     entries: list[StageEntry] = Field(repr=False)

@@ -28,7 +28,7 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.sandbox import Command, SandboxSpec
+from instavm.sandbox import Command, Outcome, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 SPEC = SandboxSpec("vm-a", 2, 512, env={"WHO": "me"})
@@ -286,3 +286,21 @@ async def test_a_full_node_says_when_to_come_back(node, monkeypatch):
         with pytest.raises(NoCapacity) as caught:
             await remote.start(SPEC)
     assert caught.value.retry_after_s == 41.5
+
+
+@pytest.mark.parametrize("depth", [100, 300, 900])
+async def test_what_a_guest_names_and_nests_ends_no_link(node, monkeypatch, depth):
+    """Text arrives as Unicode, and what is nested deeper than a message may be is cut: the code has run by then."""
+    deep = {}
+    for _ in range(depth):
+        deep = {"d": deep}
+
+    async def execute(*_):
+        return Outcome("caf\udce9", "", 0, 0.1, 0.1, outputs=({"application/json": deep},))
+
+    monkeypatch.setattr(node, "execute", execute)
+    async with across(node) as remote:
+        outcome = await remote.execute("vm-a", Command("1", "python", 60))
+        assert outcome.stdout.encode().startswith(b"caf\xef\xbf\xbd")
+        assert outcome.outputs[0]["application/json"]["d"]
+        assert (await remote.info()).driver == "local"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from instavm import limits
-from instavm.errors import BadRequest
+from instavm.errors import BadRequest, InvalidInput
 from instavm.wire.base import to_text
 from instavm.wire.env import coerce
 from instavm.wire.executions import Execute
@@ -92,7 +92,7 @@ def test_command_and_code_are_the_same_and_code_wins():
 
 
 def test_code_that_is_not_unicode_is_refused():
-    with pytest.raises(ValidationError):
+    with pytest.raises(InvalidInput, match="surrogate"):
         Execute.model_validate({"command": "print('\ud800')"})
 
 

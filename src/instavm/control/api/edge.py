@@ -8,7 +8,7 @@ from typing import Final
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from instavm import limits
-from instavm.control.api.errors import answer
+from instavm.control.api.errors import answer, bug
 from instavm.control.api.here import ENDING
 from instavm.errors import TooLarge
 
@@ -18,7 +18,10 @@ _LENGTH: Final = b"content-length"
 
 
 class Edge:
-    """Takes `//execute` for `/execute` (base URLs with a slash at the end are common), bounds the body, and ends the request."""
+    """Takes `//execute` for `/execute` (base URLs with a slash at the end are common), bounds the body, and ends the request.
+
+    What nobody foresaw is answered here: Starlette would answer and then hang up without a word.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -31,8 +34,19 @@ class Edge:
             scope["path"] = "/" + scope["path"].lstrip("/")
         endings: list[Callable[[], None]] = []
         scope[ENDING] = endings
+        begun = False
+
+        async def note(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._bounded(scope, receive, send)
+            await self._bounded(scope, receive, note)
+        except Exception as exc:
+            if begun:  # what is left of the answer never comes, which the client sees by its end
+                raise
+            await bug(scope["method"], scope["path"], exc)(scope, receive, send)
         finally:
             for end in endings:
                 end()

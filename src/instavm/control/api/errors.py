@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from instavm import errors
 from instavm.wire.errors import Problem
+from instavm.wire.text import shown
 from instavm.wire.validation import HIDDEN, refusal
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def status_of(exc: errors.InstaVMError) -> int:
 def answer(exc: errors.InstaVMError) -> Response:
     """The whole answer for one of our errors."""
     status = status_of(exc)
-    field, allowed, detail = None, None, str(exc)
+    field, allowed, detail = None, None, shown(str(exc))
     if isinstance(exc, errors.InvalidInput):
         field, allowed = exc.field, exc.allowed
     listed = [{"loc": ["body", field], "msg": detail, "type": exc.code}] if status == 422 else detail
@@ -67,7 +68,7 @@ def answer(exc: errors.InstaVMError) -> Response:
 
 def problem(exc: errors.InstaVMError) -> Problem:
     """What is told of one of our errors where there is no status to tell it with."""
-    return Problem(detail=str(exc), code=exc.code, retry_after_s=_retry_after_s(exc))
+    return Problem(detail=shown(str(exc)), code=exc.code, retry_after_s=_retry_after_s(exc))
 
 
 def _retry_after_s(exc: errors.InstaVMError) -> float | None:
@@ -123,8 +124,9 @@ async def _http(_request: Request, exc: Exception) -> Response:
     return _reply(exc.status_code, Problem(detail=str(exc.detail), code=code), exc.headers)
 
 
-async def _bug(request: Request, exc: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=exc)
+def bug(method: str, path: str, exc: Exception) -> Response:
+    """The answer for an error that nobody foresaw, which is logged."""
+    log.error("%s %s failed", method, path, exc_info=exc)
     return _reply(500, Problem(detail="internal error", code="internal"))
 
 
@@ -132,4 +134,3 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.InstaVMError, _known)
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _bug)

@@ -10,6 +10,7 @@ from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
 from instavm.control.executions import Ran
 from instavm.wire import executions as wire
+from instavm.wire.text import presentable, shown
 
 router = APIRouter(tags=["executions"])
 
@@ -34,8 +35,8 @@ async def execute(ask: wire.Execute, once: OnlyOnce) -> Response:
 def result(language: str, ran: Ran) -> wire.Execution:
     outcome = ran.outcome
     return wire.Execution(
-        stdout=outcome.stdout,
-        stderr=outcome.stderr,
+        stdout=shown(outcome.stdout),
+        stderr=shown(outcome.stderr),
         exit_code=outcome.exit_code,
         execution_time=outcome.execution_time_s,
         cpu_time=outcome.cpu_time_s,
@@ -46,7 +47,7 @@ def result(language: str, ran: Ran) -> wire.Execution:
         reason=outcome.reason,
         signal=outcome.signal,
         peak_memory_bytes=outcome.peak_memory_bytes,
-        outputs=[dict(bundle) for bundle in outcome.outputs],
+        outputs=[presentable(dict(bundle)) for bundle in outcome.outputs],
         vm_id=ran.vm_id,
         timing=None if ran.start is None else start(ran.start),
     )

@@ -18,6 +18,7 @@ from instavm.control.api.multipart import Form
 from instavm.control.api.patience import while_connected
 from instavm.errors import BadRequest, InstaVMError
 from instavm.wire import files as wire
+from instavm.wire.text import parsed
 from instavm.wire.validation import refusal
 
 router = APIRouter(tags=["files"])
@@ -118,8 +119,8 @@ async def _given(request: Request) -> dict[str, Any]:
     if "json" not in request.headers.get("content-type", ""):
         return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
     try:
-        given = json.loads(body)
-    except (ValueError, RecursionError):
+        given = parsed(body)
+    except ValueError:
         given = None
     if not isinstance(given, dict):
         raise BadRequest("body", "text that is not JSON", "a JSON object")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -11,6 +10,7 @@ from fastapi import Depends, Request
 from instavm.control.control import Control
 from instavm.control.store.accounts import Tenant
 from instavm.errors import AuthenticationError
+from instavm.wire.text import parsed
 
 ENDING: Final = "instavm.ending"
 """Where a request's scope has the functions to call when it is over: `edge.Edge` calls them."""
@@ -63,7 +63,7 @@ async def _body_key(request: Request) -> str | None:
     if request.method == "GET" or b'"api_key"' not in (body := await request.body()):
         return None
     try:
-        given = json.loads(body)
+        given = parsed(body)
     except ValueError:
         return None
     key = given.get("api_key") if isinstance(given, dict) else None

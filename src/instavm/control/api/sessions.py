@@ -1,6 +1,5 @@
 """Routes of sessions: create, record, status, usage, sandboxes, kill."""
 
-import json
 import uuid
 from datetime import timedelta
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from instavm.errors import BadRequest, InvalidInput, UnsupportedOperationError
 from instavm.sandbox import Started
 from instavm.wire import sessions as wire
 from instavm.wire.egress import EgressPolicy
+from instavm.wire.text import parsed
 
 router = APIRouter(tags=["sessions"])
 
@@ -163,7 +163,7 @@ def _status(session: Session, vm: VmRow | None) -> str:
 def _wanted(metadata: str | None) -> dict[str, Any]:
     """The filter, which comes as JSON text. Raises: InvalidInput."""
     try:
-        wanted = json.loads(metadata) if metadata else {}
+        wanted = parsed(metadata) if metadata else {}
     except ValueError:
         wanted = None
     if not isinstance(wanted, dict):

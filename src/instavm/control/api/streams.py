@@ -7,6 +7,7 @@ from typing import Annotated, Final
 
 import anyio
 from fastapi import APIRouter, Header, Query
+from pydantic_core import to_json
 
 from instavm.control.api.description import EventStream, problems
 from instavm.control.api.errors import problem
@@ -18,6 +19,7 @@ from instavm.control.streams import Event, Followed
 from instavm.errors import InstaVMError
 from instavm.wire import streams as wire
 from instavm.wire.executions import Execute
+from instavm.wire.text import parsed, presentable
 
 router = APIRouter(tags=["streams"])
 
@@ -86,7 +88,7 @@ def _data(followed: Followed, event: Event) -> str:
             return result(followed.language, ran).model_dump_json()
         case InstaVMError() as error:
             return problem(error).model_dump_json(exclude_none=True)
-        case str() as text if event.kind == "output":
-            return text
+        case str() as text if event.kind == "output":  # a guest wrote it: its line breaks would end the event
+            return to_json(presentable(parsed(text))).decode()
         case text:
             return wire.Text(text=text).model_dump_json()
