@@ -74,6 +74,20 @@ async def test_a_tenants_own_quota_goes_before_the_servers(tmp_path):
             await control.sessions.create(mine, CreateSession(vm_lifetime_seconds=61))
 
 
+async def test_a_lifetime_quota_below_the_default_cuts_the_default_and_refuses_what_was_chosen(tmp_path):
+    mine = Tenant("local", "me", None, Quota(lifetime_s=60))
+    async with (
+        open_local_node() as node,
+        open_store(tmp_path / "db") as store,
+        open_control(node, store, LocalAccounts(store.accounts)) as control,
+    ):
+        for given in ({}, {"vm_lifetime_seconds": None}, {"vm_lifetime_seconds": 300}):
+            assert (await control.sessions.create(mine, CreateSession(**given))).row.lifetime_s == 60
+        assert (await control.sessions.create(mine, CreateSession(vm_lifetime_seconds=20))).row.lifetime_s == 20
+        with pytest.raises(ForbiddenError, match=r"vm_lifetime_seconds .*asks for 301.*quota"):
+            await control.sessions.create(mine, CreateSession(vm_lifetime_seconds=301))
+
+
 async def test_no_more_memory_is_promised_than_the_policy_says(tmp_path):
     async with open_local_node() as node, open_store(tmp_path / "db") as store:
         node.host = HostMemory(4096, 4096)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from instavm import limits
 from instavm.control.store.accounts import Quota, Tenant
 from instavm.control.vms import Vms
 from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError
@@ -115,7 +116,17 @@ class Quotas:
         """Raises: ForbiddenError."""
         limit = self.of(tenant).lifetime_s
         if limit is not None and lifetime_s > limit:
-            raise ForbiddenError(f"vm lifetime cannot exceed {limit}s")
+            raise ForbiddenError(
+                f"vm lifetime cannot exceed {limit}s: vm_lifetime_seconds (`timeout` of a client) asks for {lifetime_s:g},"
+                " more than the account's lifetime quota"
+            )
+
+    def default_lifetime(self, tenant: Tenant, lifetime_s: int) -> int:
+        """The default, which clients send as well when nobody chose one, cut to the quota; others come back as they are."""
+        limit = self.of(tenant).lifetime_s
+        if limit is None or lifetime_s != limits.LIFETIME_S_DEFAULT:
+            return lifetime_s
+        return max(limits.LIFETIME_S_MIN, min(lifetime_s, limit))
 
     def store(self, tenant: Tenant, has_bytes: int) -> None:
         """Whether a tenant that has so much at rest may put more there. Raises: QuotaExceededError."""

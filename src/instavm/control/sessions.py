@@ -111,6 +111,8 @@ class Sessions:
     ) -> Session:
         """Make a session, let its sandbox begin to boot, and return as soon as both are recorded.
 
+        The default lifetime is cut to the tenant's quota.
+
         image: the id of a disk snapshot that the caller may use; None = the default image.
         session_id: set aside for it; when a server that is no more has made it already, it is that one.
         Raises: ForbiddenError, QuotaExceededError, NoCapacity, IsolationTooWeak; then nothing was made.
@@ -118,13 +120,14 @@ class Sessions:
         if session_id is not None and (made := await self._recall(tenant, session_id)) is not None:
             return made
         self._vms.refuse_weaker(ask.require_isolation)
-        self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, ask.vm_lifetime_seconds)
+        lifetime_s = self._quotas.default_lifetime(tenant, ask.vm_lifetime_seconds)
+        self._quotas.admit(tenant, ask.vcpu_count, ask.memory_mb, lifetime_s)
         row = SessionRow(
             id=session_id or new_session_id(),
             tenant_id=tenant.id,
             created_at=datetime.now(UTC),
             closed_at=None,
-            lifetime_s=ask.vm_lifetime_seconds,
+            lifetime_s=lifetime_s,
             vcpus=ask.vcpu_count,
             memory_mib=ask.memory_mb,
             image="default" if image is None else image,

@@ -295,7 +295,7 @@ async def test_what_a_guest_names_and_nests_ends_no_link(node, monkeypatch, dept
     for _ in range(depth):
         deep = {"d": deep}
 
-    async def execute(*_):
+    async def execute(vm_id, command, on_output):
         return Outcome("caf\udce9", "", 0, 0.1, 0.1, outputs=({"application/json": deep},))
 
     monkeypatch.setattr(node, "execute", execute)
