@@ -175,7 +175,10 @@ class IsolationTooWeak(HostNotReady):
 
 
 class BootFailed(InstaVMError):
+    """`console`: the last lines of the guest's serial console, where there are any."""
+
     code = "boot_failed"
+    console = ""
 
 
 class CorruptTemplate(BootFailed):

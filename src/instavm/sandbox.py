@@ -264,6 +264,8 @@ class Ended:
     vm_id: str
     reason: EndReason
     detail: str
+    console: str = ""
+    """The last lines of the guest's serial console, without control characters."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -319,12 +319,14 @@ class LocalNode:
         place = self.places.pop(vm_id)
         for process in place.processes():
             process.kill()
-        self._tell(Ended(vm_id, EndReason.CRASHED, "the VMM exited with status 1"))
+        self._tell(Ended(vm_id, EndReason.CRASHED, "the VMM exited with status 1", "[ 1.2] one\n[ 1.3] two"))
 
     async def _misbehave(self, spec: SandboxSpec) -> None:
         match spec.memory_mib:
             case 257:
-                raise BootFailed(f"{spec.vm_id} did not come up: the guest said nothing")
+                failed = BootFailed(f"{spec.vm_id} did not come up: the guest said nothing")
+                failed.console = "Kernel panic - not syncing: VFS"
+                raise failed
             case 258:
                 await anyio.sleep_forever()
             case 259:

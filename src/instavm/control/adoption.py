@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime, timedelta
 
+from instavm.control.causes import CONSOLE_KEPT
 from instavm.control.lifecycle import State
 from instavm.control.node import Node
 from instavm.control.sessions import Sessions
@@ -20,6 +21,7 @@ async def reconcile(node: Node, store: Store, sessions: Sessions) -> None:
 
     What is left of a lifetime goes by the wall clock: between two servers there is no other.
     """
+    await store.sessions.forget_consoles(datetime.now(UTC) - CONSOLE_KEPT)
     alive = dict(await node.adopted())
     stored = dict(await node.stored())
     resting: list[VmRow] = []

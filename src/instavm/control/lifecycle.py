@@ -43,6 +43,16 @@ WORD_OF_END: Final[Mapping[EndReason, str]] = {
 assert WORD_OF_END.keys() == set(EndReason), "every reason needs a word"
 
 
+STATES_OF_WORD: Final[Mapping[str, tuple[tuple[State, EndReason | None], ...]]] = {
+    **{str(state): ((state, None),) for state in State if state not in (State.ENDING, State.ENDED)},
+    **{
+        status: tuple((state, why) for why, of in WORD_OF_END.items() if of == status for state in State)
+        for status in WORD_OF_END.values()
+    },
+}
+"""The states and reasons that one status stands for: `word` the other way round."""
+
+
 class IllegalMove(Exception):
     """A bug in control: it tried to move a sandbox to where it cannot go."""
 

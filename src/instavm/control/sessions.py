@@ -16,7 +16,7 @@ from typing import Any, Final
 import anyio
 
 from instavm.control.ids import new_session_id
-from instavm.control.lifecycle import State
+from instavm.control.lifecycle import STATES_OF_WORD, State
 from instavm.control.node import Node
 from instavm.control.quotas import Quotas
 from instavm.control.store.accounts import Tenant
@@ -170,9 +170,9 @@ class Sessions:
             return session, latest  # the old id stays good for what it has become
         return session, session.at_rest() or found[1]
 
-    async def all_vms(self, tenant: Tenant, limit: int) -> list[tuple[SessionRow, VmRow]]:
-        """Every sandbox a tenant ever had, newest first."""
-        return await self._rows.vms_of(tenant.id, limit)
+    async def all_vms(self, tenant: Tenant, limit: int, status: str | None = None) -> list[tuple[SessionRow, VmRow]]:
+        """Every sandbox a tenant ever had, or those with one status, newest first."""
+        return await self._rows.vms_of(tenant.id, limit, None if status is None else STATES_OF_WORD[status])
 
     async def change(
         self,

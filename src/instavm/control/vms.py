@@ -85,6 +85,8 @@ class Vm:
     """Set when its end was asked for by its user: a suspend that is under way is not waited for."""
     asked_why: EndReason | None = None
     asked_detail: str | None = None
+    console: str | None = None
+    """What its console said last, if it did not end on purpose."""
     asked_rest: bool = False
 
     @property
@@ -146,6 +148,8 @@ class Vm:
             expires_at=expires_at,
             ended_at=self.ended_at,
             start=self.started,
+            detail=self.asked_detail,
+            console=self.console,
         )
 
 
@@ -309,6 +313,7 @@ class Vms:
     def _ended(self, ended: Ended) -> None:
         vm = self._live.get(ended.vm_id)
         if vm is not None:
+            vm.console = ended.console or None
             vm.ask_end(ended.reason, ended.detail)
 
     async def _life(self, vm: Vm) -> None:
@@ -409,6 +414,8 @@ class Vms:
             except Exception:
                 log.exception("starting %s failed in a way that the node does not know", vm.id)
                 vm.error = BootFailed(f"{vm.id} could not be started: internal error")
+        if isinstance(vm.error, BootFailed):
+            vm.console = vm.error.console or None
         if vm.error is not None:
             vm.ask_end(EndReason.BOOT_FAILED, str(vm.error))
         if not vm.usable:

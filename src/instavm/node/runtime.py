@@ -24,6 +24,7 @@ from instavm.errors import (
 )
 from instavm.node import disks, files, inventory, isolation, memory, processes, shares
 from instavm.node.agent import Agent
+from instavm.node.console import last_lines
 from instavm.node.images import oci
 from instavm.node.images.store import ImageStore
 from instavm.node.jail.jail import Jails
@@ -424,6 +425,7 @@ class Runtime:
     async def _live_out(self, sandbox: Sandbox, started: Started, *, task_status: TaskStatus[Started]) -> None:
         """From being ready to being gone."""
         self._live[sandbox.vm_id] = sandbox
+        console = ""
         try:
             task_status.started(started)
             await self._until_end(sandbox)
@@ -432,6 +434,8 @@ class Runtime:
                 await sandbox.prepared.detach()
             else:
                 await self._keep_egress_log(sandbox)
+                if sandbox.why is not None:
+                    console = await last_lines(sandbox.prepared.machine)
                 await sandbox.prepared.aclose()
             del self._live[sandbox.vm_id]
             sandbox.gone.set()
@@ -442,7 +446,7 @@ class Runtime:
             elif sandbox.prepared.machine.over_memory:
                 reason = EndReason.OVER_LIMIT
                 why = "the host ended the machine: its VMM used more memory than a sandbox of this size may"
-            self._on_end(Ended(sandbox.vm_id, reason, why))
+            self._on_end(Ended(sandbox.vm_id, reason, why, console))
 
     def _homes(self) -> dict[str, Path]:
         return {vm_id: sandbox.prepared.home for vm_id, sandbox in self._live.items()}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import anyio
 
 from instavm.errors import BootFailed, CorruptSnapshot, CorruptTemplate, HostNotReady, InstaVMError
+from instavm.node.console import last_lines
 from instavm.node.images import rootfs
 from instavm.node.images.store import Image, ImageStore
 from instavm.node.live import Steps
@@ -67,8 +68,8 @@ class Starts:
             self.tally.started(prepared.stage, steps.ms, cold=cold)
             registries = to_json(prepared.registries)
             prepared.record(Record(spec.vm_id, cold, steps.ms, prepared.template, registries, PROTOCOL))
-        except BaseException:
-            await prepared.aclose()
+        except BaseException as exc:
+            await self._give_up(prepared, exc)
             raise
         return prepared, started
 
@@ -104,10 +105,16 @@ class Starts:
                 with anyio.fail_after(self._settings.restore_timeout_s):
                     await prepared.become(spec.vm_id, spec.env)
                 steps.mark("identity")
-        except BaseException:
-            await prepared.aclose()
+        except BaseException as exc:
+            await self._give_up(prepared, exc)
             raise
         return prepared
+
+    async def _give_up(self, prepared: Prepared, exc: BaseException) -> None:
+        """End a machine that did not come up; why it did not is told with what its console said last."""
+        if isinstance(exc, BootFailed):
+            exc.console = await last_lines(prepared.machine)
+        await prepared.aclose()
 
     async def open(self, prepared: Prepared, egress: Egress) -> None:
         """Put a policy in force. Raises HostNotReady."""

@@ -24,6 +24,7 @@ import anyio
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
 from instavm.node import identity, inventory
 from instavm.node.agent import Agent, connected
+from instavm.node.console import last_lines
 from instavm.node.images.store import GuestBase, Image
 from instavm.node.layers import Layers
 from instavm.node.network.guard import Networks
@@ -280,7 +281,8 @@ class Templates:
         except BaseException as exc:
             if isinstance(exc, BootFailed):
                 with anyio.CancelScope(shield=True):
-                    exc.add_note(f"console of the guest:\n{(await machine.console())[-4000:]}")
+                    exc.console = await last_lines(machine)
+                    exc.add_note(f"console of the guest:\n{exc.console}")
             raise
         finally:
             await machine.aclose()

@@ -73,6 +73,8 @@ class Session(Wire):
     status: str
     reason: str | None = None
     """Why the latest sandbox ended: killed, lifetime, boot_failed, crashed, over_limit, node_lost, server_stopped."""
+    error: str | None = None
+    """The same as a sentence, if nobody asked it to end."""
     vm_id: str | None = None
     created_at: Timestamp
     expires_at: Timestamp | None = None

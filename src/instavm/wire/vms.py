@@ -84,6 +84,10 @@ class Vm(Wire):
     session_id: UUID
     status: str
     reason: str | None = None
+    error: str | None = None
+    """Why it ended, as a sentence, if nobody asked it to."""
+    console: list[str] = Field(default_factory=list)
+    """The last lines of its serial console (20 at most), if it ended so; kept for 30 days."""
     created_at: Timestamp
     started_at: Timestamp | None = None
     expires_at: Timestamp | None = None

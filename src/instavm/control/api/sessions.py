@@ -11,6 +11,7 @@ from instavm import limits
 from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
+from instavm.control.causes import cause
 from instavm.control.lifecycle import State, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import VmRow
@@ -103,6 +104,7 @@ def _record(here: Here, session: Session) -> wire.Session:
         session_id=uuid.UUID(row.id),
         status=_status(session, vm),
         reason=None if vm is None or vm.why is None else str(vm.why),
+        error=None if vm is None else cause(vm),
         vm_id=None if vm is None else vm.id,
         created_at=row.created_at,
         expires_at=None if vm is None else vm.expires_at,

@@ -13,7 +13,8 @@ from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.api.sessions import start
-from instavm.control.lifecycle import word
+from instavm.control.causes import cause
+from instavm.control.lifecycle import STATES_OF_WORD, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InvalidInput, NotFound, UnsupportedOperationError
@@ -68,9 +69,12 @@ async def all_records(
     caller: Caller,
     here: Here,
     limit: Annotated[int, Query(ge=1, le=limits.LIST_LIMIT_MAX)] = limits.LIST_LIMIT_MAX,
+    status: str | None = None,
 ) -> list[wire.Vm]:
-    """Every VM that this account ever had, newest first."""
-    return await _records(here, await here.sessions.all_vms(caller, limit))
+    """Every VM that this account ever had, newest first. status: only those that have it, such as `failed`."""
+    if status is not None and status not in STATES_OF_WORD:
+        raise InvalidInput("status", status, "one of " + ", ".join(STATES_OF_WORD))
+    return await _records(here, await here.sessions.all_vms(caller, limit, status))
 
 
 @router.get("/v1/vms/{vm_id}", responses=problems(404))
@@ -238,6 +242,8 @@ def record(session: SessionRow, vm: VmRow, egress: tuple[Egress, bool] | None) -
         session_id=uuid.UUID(session.id),
         status=word(vm.state, vm.why),
         reason=None if vm.why is None else str(vm.why),
+        error=cause(vm),
+        console=(vm.console or "").splitlines(),
         created_at=vm.created_at,
         started_at=vm.started_at,
         expires_at=vm.expires_at,

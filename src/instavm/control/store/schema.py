@@ -106,7 +106,7 @@ vms = Table(
     Column("ended_at", Utc),
     Column("start", JSON),
     Column("detail", String),
-    Column("console", JSON),
+    Column("console", String),
     Index("vms_of_session", "session_id", "created_at"),
     Index("vms_by_state", "state"),
 )
@@ -226,7 +226,7 @@ STEPS: Final[Mapping[int, tuple[AddColumn, ...]]] = {
     ),
     6: (
         AddColumn("vms", "detail", "VARCHAR"),
-        AddColumn("vms", "console", "JSON"),
+        AddColumn("vms", "console", "VARCHAR"),
     ),
 }
 """Version → the columns that the next one adds. Tables that are new in it are made from their description above."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Row, bindparam, insert, select, update
+from sqlalchemy import BindParameter, ColumnElement, Row, and_, bindparam, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from instavm.control.lifecycle import State
@@ -85,6 +85,10 @@ class VmRow:
     expires_at: datetime | None = None
     ended_at: datetime | None = None
     start: Started | None = None
+    detail: str | None = None
+    """What happened at its end, in words."""
+    console: str | None = None
+    """The last lines of its console, where it did not end on purpose."""
 
 
 class SessionRows:
@@ -176,11 +180,25 @@ class SessionRows:
         await self._journal.written()
         return await self._engine.run(lambda connection: _joined(connection, vms.c.state != State.ENDED))
 
-    async def vms_of(self, tenant_id: str, limit: int) -> list[tuple[SessionRow, VmRow]]:
-        """All sandboxes a tenant ever had, newest first."""
+    async def vms_of(
+        self, tenant_id: str, limit: int, states: Collection[tuple[State, EndReason | None]] | None = None
+    ) -> list[tuple[SessionRow, VmRow]]:
+        """All sandboxes a tenant ever had, or those in one of `states`, newest first."""
         await self._journal.written()
         mine = sessions.c.tenant_id == tenant_id
+        if states is not None:
+            mine &= or_(
+                *(
+                    and_(vms.c.state == state, vms.c.why.is_(None) if why is None else vms.c.why == why)
+                    for state, why in states
+                )
+            )
         return await self._engine.run(lambda connection: _joined(connection, mine, limit))
+
+    async def forget_consoles(self, before: datetime) -> None:
+        """What the consoles of sandboxes said that ended before that."""
+        old = update(vms).where(vms.c.ended_at < before, vms.c.console.is_not(None)).values(console=None)
+        await self._engine.run(lambda connection: connection.execute(old))
 
     async def by_vm(self, tenant_id: str, vm_id: str) -> tuple[SessionRow, VmRow] | None:
         mine = (vms.c.id == vm_id) & (sessions.c.tenant_id == tenant_id)
@@ -192,7 +210,7 @@ class SessionRows:
         """Record the end of a sandbox that nobody was there to see."""
         now, reason = datetime.now(UTC), row.why or why
         self._journal.append(
-            _step(row.id, row.state, {"state": State.ENDED, "why": reason, "ended_at": now}),
+            _step(row.id, row.state, {"state": State.ENDED, "why": reason, "ended_at": now, "detail": detail}),
             _event(now, row.session_id, row.id, "vm.ended", reason=reason, detail=detail),
         )
 
@@ -247,6 +265,8 @@ def _changing(row: VmRow) -> dict[str, Any]:
         "expires_at": row.expires_at,
         "ended_at": row.ended_at,
         "start": start,
+        "detail": row.detail,
+        "console": row.console,
     }
 
 
@@ -278,4 +298,6 @@ def _vm(row: Row[Any]) -> VmRow:
         expires_at=row.expires_at,
         ended_at=row.ended_at,
         start=None if row.start is None else Started(**{**row.start, "tier": Tier(row.start["tier"])}),
+        detail=row.detail,
+        console=row.console,
     )
