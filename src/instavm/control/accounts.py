@@ -38,6 +38,8 @@ class KeyedAccounts:
         self._rows = rows
         self._rates = rates
         self._seen: dict[str, tuple[float, Tenant]] = {}
+        self._forgotten = 0
+        """How often: what was looked up before the last time is not believed again."""
         self._told: dict[str, float] = {}
 
     async def tenant_of(self, key: str) -> Tenant:
@@ -48,6 +50,7 @@ class KeyedAccounts:
 
     def forget(self) -> None:
         self._seen.clear()
+        self._forgotten += 1
 
     async def _believed(self, hashed: str) -> Tenant:
         now = time.monotonic()
@@ -55,13 +58,15 @@ class KeyedAccounts:
         if tenant is not None and now < until:
             return tenant
         self._seen.pop(hashed, None)
+        looked = self._forgotten
         found = await self._rows.by_hash(hashed)
         if found is None or not hmac.compare_digest(found[0], hashed):
             raise AuthenticationError("this API key is not known here, or was revoked")
         if len(self._seen) >= KEPT:
             self._seen.clear()
             self._told.clear()
-        self._seen[hashed] = (time.monotonic() + FRESH_S, found[1])
+        if looked == self._forgotten:
+            self._seen[hashed] = (time.monotonic() + FRESH_S, found[1])
         if now >= self._told.get(hashed, 0.0):
             self._told[hashed] = now + USE_TOLD_S
             await self._rows.used(hashed, datetime.now(UTC))
