@@ -23,6 +23,7 @@ from instavm.errors import InstaVMError, ProcessNotFound
 from instavm.sandbox import (
     Command,
     Egress,
+    EgressDecision,
     EgressLog,
     Ended,
     HostMemory,
@@ -84,6 +85,11 @@ class NullNode:
     async def set_egress(self, vm_id: str, egress: Egress) -> None: ...
 
     async def ask_registries(self, vm_id: str) -> None: ...
+
+    async def check_egress(
+        self, vm_id: str | None, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> EgressDecision:
+        return EgressDecision(False, "no_rule", host)
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         return EgressLog()

@@ -44,6 +44,9 @@ LANGUAGE_ALIASES: Final[Mapping[str, str]] = {"node": "javascript", "js": "javas
 EGRESS_RULES: Final = 256
 """Domains of a policy, and as many address ranges."""
 
+HOST_CHARS: Final = 1024
+"""Of a destination that is asked about: longer than any name, so that a name that is too long can be asked about."""
+
 PATH_BYTES: Final = 4096
 """Longest path of a file in a sandbox, as Linux has it."""
 FORM_BYTES: Final = 64 << 10
@@ -134,6 +137,8 @@ ALLOWED: Final[Mapping[str, str]] = {
     "file": "one part with a filename, after all text parts",
     "form": f"parts of multipart/form-data: text of at most {FORM_BYTES} bytes in all, then the part `file`",
     "port": "a whole number from 1 to 65535",
+    "host": f"a host name or an IP address, at most {HOST_CHARS} characters",
+    "protocol": "tcp or udp",
     "entries": "a list of {env_name, value}",
     "idempotency-key": f"1 to {IDEMPOTENCY_KEY_CHARS} printable ASCII characters",
     "process command": (

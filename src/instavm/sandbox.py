@@ -88,6 +88,23 @@ class EgressLog:
 
 
 @dataclass(frozen=True, slots=True)
+class EgressDecision:
+    """What the egress filter says about one destination. `rule`: as in `Seen`. `name` or `address`: what was asked for.
+
+    address: with a name, one that it resolves to and that may not be reached.
+    """
+
+    allowed: bool
+    rule: str
+    name: str | None
+    address: str | None = None
+    registry: bool = False
+    """Whether it is a package registry of the image, or of the operator."""
+    operators: bool = False
+    """Whether it is allowed because the operator named it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxSpec:
     vm_id: str
     vcpus: int
@@ -154,6 +171,8 @@ class Outcome:
     peak_memory_bytes: int = 0
     """Largest resident size of one process of it."""
     outputs: tuple[Bundle, ...] = ()
+    refused: tuple[Seen, ...] = ()
+    """What the sandbox's network refused while it ran, whoever in the sandbox asked for it; bounded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,7 @@ async def answered(answer):
 
 
 async def test_an_honest_answer_comes_through():
-    outcome = await answered(
-        lambda n: frames.encode(frames.STDOUT, n, b"1\n") + frames.encode(frames.RAN, n, GOOD)
-    )
+    outcome = await answered(lambda n: frames.encode(frames.STDOUT, n, b"1\n") + frames.encode(frames.RAN, n, GOOD))
     assert (outcome.stdout, outcome.exit_code) == ("1\n", 0)
 
 

@@ -12,6 +12,8 @@ def test_what_waits_for_a_firecracker_tells_its_status_and_ends_the_server_of_it
     with subprocess.Popen(["sleep", "600"]) as disk:
         told = {"IVM_FDS": "", "IVM_DISK": str(disk.pid), "IVM_UID": str(os.geteuid())}
         shell = ["bash", "--norc", "--noprofile", "-c", jailer._WAIT, "bash"]
-        done = subprocess.run(["unshare", "--pid", *shell, "sh", "-c", "exit 7"], env={**os.environ, **told}, timeout=60)
+        done = subprocess.run(
+            ["unshare", "--pid", *shell, "sh", "-c", "exit 7"], env={**os.environ, **told}, timeout=60
+        )
         assert done.returncode == 7
         assert disk.wait(60) == -signal.SIGKILL

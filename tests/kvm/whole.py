@@ -86,7 +86,12 @@ def natively(row):
         command = [*pytest, *TESTS, f"--junitxml={report}"]
         told = Told(row)
         with subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **ROWS[row]}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ROWS[row]},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         ) as process:
             for line in process.stdout:
                 told(line)

@@ -19,7 +19,10 @@ from instavm.cli.app import run
         ("execute", {"round trip: python, print(1)", "streamed: print of a line to event", "20 MB of stdout"}),
         ("files", {"upload of 1 MiB", "download of 1 MiB", "2 MiB, a sandbox of 512 MB"}),
         ("snapshots", {"fork(1) → result of each", "suspend", "resume → result", "pause of the source: fork"}),
-        ("drivers", {f"qemu-tcg: {how}, to the first result" for how in ("cold boot", "restored", "template restored")}),
+        (
+            "drivers",
+            {f"qemu-tcg: {how}, to the first result" for how in ("cold boot", "restored", "template restored")},
+        ),
         ("egress", {"TLS, connection and request, filtered", "TLS, connection and request, direct"}),
     ],
 )

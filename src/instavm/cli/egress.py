@@ -1,4 +1,4 @@
-"""`instavm egress get | set | log | suggest`: what a sandbox may reach, and where it went."""
+"""`instavm egress get | set | check | log | suggest`: what a sandbox may reach, and where it went."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from instavm import limits
 from instavm.cli.options import ApiKey, AsJson, BaseUrl, client
 from instavm.client.egress import Egress
-from instavm.client.results import EgressLog, EgressPolicy
+from instavm.client.results import EgressCheck, EgressLog, EgressPolicy
 from instavm.errors import BadRequest
 
 app = typer.Typer(no_args_is_help=True)
 
 POLL_S: Final = 1.0
+HTTPS: Final = 443
+SOURCES: Final = {
+    "session": "the session's policy",
+    "vm": "the VM's own policy",
+    "default": "the server's default policy (INSTAVM_EGRESS_DEFAULT)",
+    "given": "the policy that was given",
+    "operator": "the operator's setting (INSTAVM_EGRESS_PACKAGE_HOSTS)",
+    "special_address": "the addresses that only a range of their own opens",
+    "control_plane": "the control plane's own ports",
+    "network": "the network that every sandbox has",
+    "upstream": "not the policy: the destination does not answer",
+}
 Session = Annotated[str | None, typer.Option("--session", help="Id of a session.")]
 Vm = Annotated[str | None, typer.Option("--vm", help="Id of a VM.")]
 
@@ -59,6 +72,50 @@ def set_(
         allowed_cidrs=cidr,
     )
     _show(done, as_json)
+
+
+@app.command()
+def check(
+    destination: Annotated[str, typer.Argument(help="HOST or HOST:PORT; port 443 is meant if none is given.")],
+    session: Session = None,
+    vm: Vm = None,
+    udp: Annotated[bool, typer.Option("--udp", help="Ask about UDP; else about TCP.")] = False,
+    as_json: AsJson = False,
+    api_key: ApiKey = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Ask whether a sandbox may reach a destination, by which rule, and what to do if not. Ends with 1 if it may not."""
+    target, (host, port) = _one(session, vm), _destination(destination)
+    egress, protocol = _egress(api_key, base_url), "udp" if udp else "tcp"
+    if vm is None:
+        said = egress.check(host, port, protocol=protocol, session_id=target)
+    else:
+        said = egress.check(host, port, protocol=protocol, vm_id=target)
+    print(json.dumps(said) if as_json else _answer(said))
+    if not said.allowed:
+        raise typer.Exit(1)
+
+
+def _destination(text: str) -> tuple[str, int]:
+    """`HOST`, `HOST:PORT`, `[IPv6]:PORT`. Raises: BadRequest."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or text.endswith("]") or (":" in head and not head.endswith("]")):
+        return text, HTTPS
+    if not (tail.isascii() and tail.isdigit()):
+        raise BadRequest("port", tail, limits.ALLOWED["port"])
+    return head, int(tail)
+
+
+def _answer(said: EgressCheck) -> str:
+    word = "allowed" if said.allowed else "refused"
+    lines = [
+        f"{word} {said.host} {said.protocol}/{said.port}",
+        f"rule: {said.rule} ({said.detail})",
+        f"from: {SOURCES.get(said.source, said.source)}",
+    ]
+    if said.remedy:
+        lines.append(f"remedy: {said.remedy}")
+    return "\n".join(lines)
 
 
 @app.command()

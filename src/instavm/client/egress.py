@@ -7,7 +7,7 @@ from typing import Unpack
 
 from instavm.client.calls import egress
 from instavm.client.calls.egress import Policy
-from instavm.client.results import EgressLog, EgressPolicy
+from instavm.client.results import EgressCheck, EgressLog, EgressPolicy
 from instavm.client.transport import AsyncLink, Link
 
 
@@ -42,6 +42,27 @@ class Egress:
         """What is really in force for one sandbox."""
         return self._link.send(egress.get("vm", vm_id))
 
+    def check(
+        self,
+        host: str,
+        port: int = 443,
+        *,
+        protocol: str = "tcp",
+        session_id: str | None = None,
+        vm_id: str | None = None,
+        policy: Policy | None = None,
+    ) -> EgressCheck:
+        """Whether the sandbox may reach `host`, by which rule where that rule comes from, and what to do if not.
+
+        The filter decides, as it does for a connection; nothing is connected to. A name is looked up if it is allowed.
+        protocol: "tcp" or "udp". policy: decide by this one instead (arguments of `set_session`), which is not set by that.
+        Returns: `allowed`, `rule`, `source`, `detail`, `remedy` and more, see `EgressCheck`.
+        Raises: InvalidInput; SessionNotFound, SessionEnded; HostNotReady.
+        """
+        if vm_id is not None:
+            return self._link.send(egress.check("vm", vm_id, host, port, protocol, policy))
+        return self._link.send(egress.check("session", session_id or self._session(), host, port, protocol, policy))
+
     def log(self, session_id: str | None = None, *, vm_id: str | None = None) -> EgressLog:
         """Where the sandbox went or tried to, by which rule, and how often: bounded, and gone with the sandbox."""
         if vm_id is not None:
@@ -71,6 +92,22 @@ class AsyncEgress:
     async def get_vm(self, vm_id: str) -> EgressPolicy:
         """As `Egress.get_vm`."""
         return await self._link.send(egress.get("vm", vm_id))
+
+    async def check(
+        self,
+        host: str,
+        port: int = 443,
+        *,
+        protocol: str = "tcp",
+        session_id: str | None = None,
+        vm_id: str | None = None,
+        policy: Policy | None = None,
+    ) -> EgressCheck:
+        """As `Egress.check`."""
+        if vm_id is not None:
+            return await self._link.send(egress.check("vm", vm_id, host, port, protocol, policy))
+        target = session_id or await self._session()
+        return await self._link.send(egress.check("session", target, host, port, protocol, policy))
 
     async def log(self, session_id: str | None = None, *, vm_id: str | None = None) -> EgressLog:
         """As `Egress.log`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Final
 
+from instavm import refusals
 from instavm.client.results import Execution
 
 REMEDIES: Final = {
@@ -24,7 +26,11 @@ REMEDIES: Final = {
 
 
 def explain(result: Execution) -> str:
-    """One sentence about how `result` came to be."""
+    """How `result` came to be, in one sentence; in another one what the sandbox's network refused meanwhile, if anything."""
+    return " ".join([_ended(result), *_refused(result)])
+
+
+def _ended(result: Execution) -> str:
     reason, code = result.get("reason"), result.get("exit_code")
     if reason in REMEDIES:
         facts = {
@@ -40,6 +46,16 @@ def explain(result: Execution) -> str:
         return "The code ran to its end without an error."
     last = str(result.get("stderr") or "").strip().rpartition("\n")[2]
     return f"The code itself failed ({_how(result)}){': ' + last if last else ''}."
+
+
+def _refused(result: Execution) -> Iterator[str]:
+    for one in (result.get("refused") or [])[:1]:
+        more = len(result["refused"]) - 1
+        others = f" (and {more} more, see result.refused)" if more else ""
+        where = f"{one['name'] or one['address']}:{one['port']}"
+        what = f"to look up {one['name']}" if one["protocol"] == "dns" else f"a connection to {where}"
+        how = refusals.remedy(one["rule"], one["name"], one["address"], one["port"], registry=one["registry"])
+        yield f"Egress refused {what}{others}: {refusals.why(one['rule'])} ({one['rule']}). To allow it, {how}."
 
 
 def _how(result: Execution) -> str:

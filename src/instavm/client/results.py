@@ -74,6 +74,7 @@ class Execution(Record):
     """What became of one `execute`. `str()` of it is what the code printed: stdout, then stderr.
 
     Code that failed is a result too: `exit_code` is not 0 and `stderr` says why. Times are seconds.
+    `refused`: destinations that the sandbox's network refused meanwhile, with `name` or `address`, `port`, `rule` and `count`.
     """
 
     stdout: str
@@ -89,6 +90,7 @@ class Execution(Record):
     signal: int | None
     peak_memory_bytes: int
     outputs: list[dict[str, Any]] | None
+    refused: list[dict[str, Any]] | None
     vm_id: str | None
     timing: Start | None
 
@@ -316,6 +318,24 @@ class EgressPolicy(Record):
     allowed_domains: list[str]
     allowed_cidrs: list[str]
     status: str
+
+
+class EgressCheck(Record):
+    """What the egress filter says about one destination.
+
+    `rule`: what decides, which `detail` says in words; `source`: where that comes from; `remedy`: None if it is allowed.
+    """
+
+    host: str
+    port: int
+    protocol: str
+    allowed: bool
+    rule: str
+    source: str
+    detail: str
+    remedy: str | None
+    vm_id: str | None
+    applied: bool
 
 
 class EgressLog(Record):

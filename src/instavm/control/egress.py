@@ -7,13 +7,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import VmRow
 from instavm.control.vms import Vm, Vms
 from instavm.errors import SessionEnded, SessionError
-from instavm.sandbox import Egress, EgressLog
+from instavm.sandbox import Egress, EgressDecision, EgressLog
+
+BUILT_IN: Final = {
+    "private": "special_address",
+    "host": "special_address",
+    "control_plane": "control_plane",
+    "no_ipv6": "network",
+    "bad_name": "network",
+    "unresolved": "upstream",
+    "unreachable": "upstream",
+}
+"""Rules that no policy sets, and where they come from. All others come from a policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """source: `session`, `vm`, `default` or `given` (a policy), `operator`, or of BUILT_IN.
+
+    vm_id: the sandbox that it was decided for; None: it has none yet. `applied`: whether that is in force.
+    """
+
+    decision: EgressDecision
+    source: str
+    vm_id: str | None
+    applied: bool
 
 
 class Egresses:
@@ -60,6 +86,35 @@ class Egresses:
             **{vm_id: (vm.egress, vm.started is not None) for vm_id, vm in known.items()},
             **{vm_id: (kept.get(vm_id, kept.get(row.session_id, default)), False) for vm_id, row in resting.items()},
         }
+
+    async def check(
+        self, session: Session, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> Checked:
+        """What the filter says about a destination, under what is in force or, given `egress`, would be if that were set.
+
+        Raises: HostNotReady.
+        """
+        vm = session.vm
+        if vm is not None and vm.usable:
+            with contextlib.suppress(SessionEnded):  # just now: then as for one that has not begun
+                decision = await self._vms.check_egress(vm, host, port, protocol, egress)
+                return Checked(decision, self._source(session, decision, egress), vm.id, egress is None)
+        policy = self._sessions.egress(session) if egress is None else egress
+        decision = await self._vms.check_policy(policy, host, port, protocol)
+        return Checked(decision, self._source(session, decision, egress), None, False)
+
+    def _source(self, session: Session, decision: EgressDecision, egress: Egress | None) -> str:
+        """Where the rule that decided comes from."""
+        if decision.operators:
+            return "operator"
+        if decision.rule in BUILT_IN:
+            return BUILT_IN[decision.rule]
+        if egress is not None:
+            return "given"
+        in_force = self._sessions.egress(session)
+        if session.egress is not None and in_force == session.egress:
+            return "session"
+        return "default" if session.egress is None and in_force == self._sessions.default_egress else "vm"
 
     async def log(self, session: Session, vm_id: str | None = None) -> tuple[str, EgressLog]:
         """The sandbox that it is about, and its log, also when it has ended. Raises: SessionError (there was none yet)."""

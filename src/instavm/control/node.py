@@ -9,6 +9,7 @@ from instavm.errors import InstaVMError
 from instavm.sandbox import (
     Command,
     Egress,
+    EgressDecision,
     EgressLog,
     Ended,
     HostMemory,
@@ -114,6 +115,16 @@ class Node(Protocol):
         """Look again where what is installed in it now gets packages from; the next `set_egress` counts with that.
 
         Raises: SessionEnded.
+        """
+        ...
+
+    async def check_egress(
+        self, vm_id: str | None, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> EgressDecision:
+        """What the egress filter says about a destination, without going there.
+
+        egress: decide by this instead of what is in force. With no `vm_id` it is needed; the default image's registries count.
+        Raises: SessionEnded, HostNotReady (no network here, or no filter).
         """
         ...
 

@@ -24,7 +24,18 @@ from instavm.control.node import Node
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InstaVMError, IsolationTooWeak, OutcomeUnknown, ServerStopping, SessionEnded
-from instavm.sandbox import NOTHING, Egress, EgressLog, Ended, EndReason, Isolation, SandboxSpec, Started, Tier
+from instavm.sandbox import (
+    NOTHING,
+    Egress,
+    EgressDecision,
+    EgressLog,
+    Ended,
+    EndReason,
+    Isolation,
+    SandboxSpec,
+    Started,
+    Tier,
+)
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +205,15 @@ class Vms:
                 return False
             vm.egress = egress
         return True
+
+    async def check_egress(self, vm: Vm, host: str, port: int, protocol: str, egress: Egress | None) -> EgressDecision:
+        """Once it is up. Raises: SessionEnded, HostNotReady."""
+        await vm.settled.wait()
+        return await self._node.check_egress(vm.id, host, port, protocol, egress)
+
+    async def check_policy(self, egress: Egress, host: str, port: int, protocol: str) -> EgressDecision:
+        """The same for a sandbox that is yet to come. Raises: HostNotReady."""
+        return await self._node.check_egress(None, host, port, protocol, egress)
 
     async def egress_log(self, vm: Vm) -> EgressLog:
         """Raises: SessionEnded."""

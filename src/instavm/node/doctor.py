@@ -45,7 +45,9 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield Check("memory", memory.total_mib() >= 1024, f"{memory.total_mib()} MiB", "at least 1 GiB of memory")
     if settings.huge_pages == "on":
         there, free = huge("nr"), huge("free")
-        yield Check("huge pages", there > 0, f"{there} of 2 MiB, {free} free", "sysctl vm.nr_hugepages=1024, as an example")
+        yield Check(
+            "huge pages", there > 0, f"{there} of 2 MiB, {free} free", "sysctl vm.nr_hugepages=1024, as an example"
+        )
 
 
 def _qemu() -> Check:

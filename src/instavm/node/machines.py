@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from instavm.node.agent import Agent
 from instavm.node.layers import Layers, overlay
 from instavm.node.network.guard import Network, Networks
 from instavm.node.network.policy import Registry
+from instavm.node.network.witness import Refusals
 from instavm.node.registries import from_json
 from instavm.node.snapshots import pin
 from instavm.node.templates import Template
@@ -111,6 +112,10 @@ class Prepared:
             await self.agent.assign(identity.assigned(hostname, env), self.machine.resume)
         else:
             await self.agent.identify(identity.fresh(hostname, env))
+
+    def refusals(self) -> AbstractContextManager[Refusals]:
+        """What its network refuses while the block lasts, complete when it has ended."""
+        return nullcontext(Refusals()) if self.network is None else self.network.witness.watch()
 
     @property
     def disk(self) -> Path:

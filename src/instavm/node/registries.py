@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from instavm import hostnames
 from instavm.node import npmrc
 from instavm.node.agent import Agent
 from instavm.node.network.policy import HTTP, HTTPS, Registry
@@ -22,7 +22,6 @@ from instavm.sandbox import Command
 ASK_S: Final = 120.0
 HOSTS_MAX: Final = 64
 ANSWER_MAX: Final = 64 << 10
-HOST: Final = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 APT: Final = 'command -v apt-get >/dev/null && apt-get --print-uris update | cut -d "\'" -f 2'
 PIP: Final = r"""python=$(command -v python3 || command -v python) && "$python" - <<'END'
 import configparser, os, sys
@@ -73,10 +72,10 @@ def found(urls: Iterable[str]) -> Iterator[Registry]:
     for url in urls:
         try:
             parts = urlsplit(url.strip())
-            host, port = (parts.hostname or "").rstrip("."), parts.port
+            host, port = hostnames.read(parts.hostname or ""), parts.port
         except ValueError:
             continue
-        if parts.scheme in ("http", "https") and HOST.fullmatch(host) and not host.replace(".", "").isdigit():
+        if parts.scheme in ("http", "https"):
             hosts.setdefault(host, {HTTP, HTTPS}).update({port} if port else ())
     for host, ports in hosts.items():
         yield Registry(host, tuple(sorted(ports)))

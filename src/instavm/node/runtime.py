@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -32,6 +33,7 @@ from instavm.node.layers import DEEP, Layers, held
 from instavm.node.live import Sandbox, told
 from instavm.node.machines import Machines, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
+from instavm.node.network.policy import Policy
 from instavm.node.registries import ask as ask_registries
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
@@ -43,6 +45,7 @@ from instavm.node.vmm.choose import choose
 from instavm.sandbox import (
     Command,
     Egress,
+    EgressDecision,
     EgressLog,
     Ended,
     EndReason,
@@ -298,8 +301,9 @@ class Runtime:
         if (coming := self._coming.get(vm_id)) is not None:
             await coming.wait()
         sandbox = self._usable(vm_id)
-        with told(sandbox):
-            return await sandbox.agent.execute(command, on_output)
+        with told(sandbox), sandbox.prepared.refusals() as refusals:
+            outcome = await sandbox.agent.execute(command, on_output)
+        return replace(outcome, refused=seen) if (seen := refusals.seen()) else outcome
 
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         sandbox = self._usable(vm_id)
@@ -347,6 +351,19 @@ class Runtime:
         sandbox = self._usable(vm_id)
         with told(sandbox):
             sandbox.prepared.registries = await ask_registries(sandbox.agent)
+
+    async def check_egress(
+        self, vm_id: str | None, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> EgressDecision:
+        if self._networks.refusal is not None:
+            raise HostNotReady(f"sandboxes have no network here: {self._networks.refusal}")
+        if vm_id is None:
+            policy = Policy(egress or Egress(), [*await self._starts.registries(), *self._networks.registries])
+            return await self._networks.check("", policy, host, port, protocol)
+        network = self._usable(vm_id).prepared.network
+        if network is None:
+            raise HostNotReady("this sandbox was started without a network")
+        return await network.check(host, port, protocol, egress)
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         if (last := self._egress_logs.pop(vm_id, None)) is not None:

@@ -15,6 +15,7 @@ from instavm.node.images.store import Image, ImageStore
 from instavm.node.live import Steps
 from instavm.node.machines import Machines, Prepared, Record
 from instavm.node.network.guard import Networks
+from instavm.node.network.policy import Registry
 from instavm.node.registries import to_json
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
@@ -138,6 +139,10 @@ class Starts:
             raise HostNotReady(f"image {name!r} is not on this host; scripts/start builds the default one")
         self._found[name] = found
         return found
+
+    async def registries(self) -> tuple[Registry, ...]:
+        """Of the default image, as far as they are known."""
+        return self._templates.registries(await self.image(rootfs.DEFAULT))
 
     def forget(self, name: str) -> None:
         """What was known of that snapshot is known no more."""

@@ -204,6 +204,10 @@ class Templates:
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
         return True
 
+    def registries(self, image: Image) -> tuple[Registry, ...]:
+        """Those of an image that has been asked for them; none of others."""
+        return self._registries.of(image.digest) or ()
+
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
         parts += [self._network, self._trust.fingerprint(), ASKED]

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from ipaddress import ip_address, ip_network
-from typing import Annotated, Any, Final
+from ipaddress import IPv6Network, ip_network
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from instavm import limits
+from instavm import hostnames, limits
 from instavm.sandbox import Egress
 from instavm.wire.base import Asked, Timestamp, Wire
 
-LABEL: Final = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
-NAME: Final = re.compile(rf"(?:\*\.)?(?:{LABEL}\.)*{LABEL}")
-NAME_CHARS: Final = 253
+UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
 
 
 def domain(text: str) -> str:
     """A host name, or `*.` and one, as DNS has it: lower case, ASCII, no dot at the end. Raises: ValueError."""
+    below, name = ("*.", text.strip()[2:]) if text.strip().startswith("*.") else ("", text)
     try:
-        name = text.strip().lower().rstrip(".")
-        name = name if name.isascii() else name.encode("idna").decode()
-    except UnicodeError:
-        raise ValueError("not a host name") from None
-    if len(name) > NAME_CHARS or not NAME.fullmatch(name):
-        raise ValueError("not a host name")
-    if _is_address(name.removeprefix("*.")):
-        raise ValueError("an address belongs in allowed_cidrs")
-    return name
+        return below + hostnames.read_typed(name)
+    except hostnames.BadName as exc:
+        raise ValueError(f"{exc} (address ranges belong in allowed_cidrs)") from None
 
 
 def cidr(text: str) -> str:
-    """An address range; a single address stands for itself. Raises: ValueError."""
-    return str(ip_network(text.strip()))
+    """An address range; a single address stands for itself.
 
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return bool(re.fullmatch(r"[0-9.]+", text))
-    return True
+    Sandboxes have IPv4 only. An IPv6 range has a meaning where it is private: names may then resolve into it.
+    Raises: ValueError.
+    """
+    found = ip_network(text.strip())
+    if isinstance(found, IPv6Network) and not found.subnet_of(UNIQUE_LOCAL):
+        raise ValueError(
+            "sandboxes have IPv4 only: of IPv6, only private ranges within fc00::/7 can be allowed, for names"
+        )
+    return str(found)
 
 
 def _or_none(value: Any) -> Any:
@@ -114,6 +107,37 @@ class EgressPolicy(Wire):
             allowed_cidrs=list(egress.cidrs),
             status="applied" if applied else "pending",
         )
+
+
+class CheckEgress(Wire):
+    """A destination, and the policy to try it under; without one, it is what is in force."""
+
+    host: Annotated[str, Field(min_length=1, max_length=limits.HOST_CHARS)]
+    port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 443
+    protocol: Literal["tcp", "udp"] = "tcp"
+    policy: SetEgress | None = None
+
+
+class EgressCheck(Wire):
+    """What the egress filter says about one destination.
+
+    rule: what allows it, or why it is refused; `detail` says it in words.
+    source: where that comes from: the policy of the `session`, of the `vm`, the `default` one, the `given` one; the
+    `operator`'s setting; a `special_address`, the `control_plane`, the `network` as it is made, or `upstream` (it is
+    allowed, but not there).
+    remedy: how to have it allowed; None when it is. `applied`: whether this holds for a sandbox now.
+    """
+
+    host: str
+    port: int
+    protocol: str
+    allowed: bool
+    rule: str
+    source: str
+    detail: str
+    remedy: str | None = None
+    vm_id: str | None = None
+    applied: bool
 
 
 class EgressEntry(Wire):

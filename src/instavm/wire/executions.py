@@ -77,6 +77,18 @@ class Execute(Asked):
         return self
 
 
+class Refusal(Wire):
+    """A destination that the sandbox's network refused. The fields are those of an entry of the egress log."""
+
+    name: str | None = None
+    address: str | None = None
+    port: int
+    protocol: str
+    rule: str
+    count: int
+    registry: bool = False
+
+
 class Execution(Wire):
     """What became of the command. Code that failed is a result too: `exit_code` and `stderr` tell."""
 
@@ -99,6 +111,8 @@ class Execution(Wire):
     """Largest resident size of one process of it."""
     outputs: list[dict[str, Any]] | None = None
     """Rich outputs, each {MIME type: data}: text as it is, images as base64. Left out by older servers."""
+    refused: list[Refusal] | None = None
+    """What the sandbox's network refused while the command ran: the first destinations. Left out by older servers."""
     vm_id: str | None = None
     timing: Start | None = None
     """How the sandbox came up; only with the first result that comes out of it."""

@@ -61,7 +61,9 @@ def test_a_network_device_is_there_only_for_a_spec_that_has_one():
     assert "tap,id=net,fd=7,vhost=off" in arguments and any("virtio-net-device" in one for one in arguments)
 
 
-@pytest.mark.parametrize(("said", "complaint"), [("5.2.0", "too old"), ("11.1.3", "too new"), ("weird", "can't be read")])
+@pytest.mark.parametrize(
+    ("said", "complaint"), [("5.2.0", "too old"), ("11.1.3", "too new"), ("weird", "can't be read")]
+)
 def test_a_qemu_that_is_too_old_or_odd_is_refused_with_the_remedy(tmp_path, monkeypatch, said, complaint):
     program = tmp_path / qemu.BINARY
     program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {said} (Debian)'\n")

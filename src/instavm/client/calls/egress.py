@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal, TypedDict
 
-from instavm.client.calls.base import Call, ask, reading, segment
-from instavm.client.results import EgressLog, EgressPolicy
+from instavm.client.calls.base import Call, ask, reading, record, segment
+from instavm.client.results import EgressCheck, EgressLog, EgressPolicy
 from instavm.wire import egress as wire
 
 Target = Literal["session", "vm"]
@@ -36,6 +36,18 @@ def put(target: Target, name: str, policy: Policy) -> Call[EgressPolicy]:
 
 def get(target: Target, name: str) -> Call[EgressPolicy]:
     return Call("GET", _path(target, name), _policy)
+
+
+def check(target: Target, name: str, host: str, port: int, protocol: str, policy: Policy | None) -> Call[EgressCheck]:
+    """Raises: InvalidInput."""
+    tried = None if policy is None else dict.fromkeys(FLAGS, True) | dict(policy)
+    given = ask(wire.CheckEgress, host=host, port=port, protocol=protocol, policy=tried)
+    path, read = f"{_path(target, name)}/check", record(EgressCheck, wire.EgressCheck)
+    if tried is None:
+        params = {"host": host, "port": str(port), "protocol": protocol}
+        return Call("GET", path, read, params=params, answer_s=APPLY_S)
+    body = given.model_dump_json(exclude_none=True).encode()
+    return Call("POST", path, read, body, answer_s=APPLY_S)
 
 
 def log(target: Target, name: str) -> Call[EgressLog]:

@@ -9,6 +9,7 @@ from instavm.control.api.once import OnlyOnce
 from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
 from instavm.control.executions import Ran
+from instavm.sandbox import Seen
 from instavm.wire import executions as wire
 from instavm.wire.text import presentable, shown
 
@@ -48,6 +49,19 @@ def result(language: str, ran: Ran) -> wire.Execution:
         signal=outcome.signal,
         peak_memory_bytes=outcome.peak_memory_bytes,
         outputs=[presentable(dict(bundle)) for bundle in outcome.outputs],
+        refused=[_refusal(one) for one in outcome.refused],
         vm_id=ran.vm_id,
         timing=None if ran.start is None else start(ran.start),
+    )
+
+
+def _refusal(one: Seen) -> wire.Refusal:
+    return wire.Refusal(
+        name=one.name,
+        address=one.address,
+        port=one.port,
+        protocol=one.protocol,
+        rule=one.rule,
+        count=one.count,
+        registry=one.registry,
     )

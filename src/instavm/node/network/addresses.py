@@ -27,12 +27,17 @@ STAND_INS: Final = IPv4Network("198.18.0.0/15")
 SPECIAL: Final[tuple[Network, ...]] = tuple(
     ip_network(text)
     for text in (
+        *("168.63.129.16/32", "fd00:ec2::/32"),  # services of clouds for their own machines: each means itself alone
         *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
         *("192.0.0.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"),
         *("::/3", "4000::/2", "8000::/1", "2001::/23", "2002::/16", "3fff::/20"),
     )
 )
-"""Private, shared, link-local, loopback, multicast, translation and reserved ranges. Of IPv6 only 2000::/3 is public."""
+"""Private, shared, link-local, loopback, multicast, translation and reserved ranges. Of IPv6 only 2000::/3 is public.
+
+The first that holds an address counts.
+"""
+NAT64: Final = IPv6Network("64:ff9b::/96")
 FRESH_S: Final = 1.0
 
 
@@ -40,6 +45,16 @@ def plain(address: Address) -> Address:
     """The IPv4 address that an IPv6 one stands for, if it does."""
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
+
+
+def embedded(address: Address) -> Iterable[IPv4Address]:
+    """IPv4 addresses to which somebody on the way may translate an IPv6 one: NAT64, 6to4, Teredo."""
+    if isinstance(address, IPv6Address):
+        if address in NAT64:
+            yield IPv4Address(int(address) & 0xFFFFFFFF)
+        if address.sixtofour is not None:
+            yield address.sixtofour
+        yield from address.teredo or ()
 
 
 def named(address: Address, special: Network, cidrs: Iterable[Network]) -> bool:
@@ -58,9 +73,11 @@ class Host:
         self._own: frozenset[Address] = frozenset()
 
     def has(self, address: Address) -> bool:
+        """Whether a connection to it would end at this host: 0.0.0.0 is the host itself, too."""
+        address = plain(address)
         if time.monotonic() - self._asked_at > FRESH_S:
             self._own, self._asked_at = frozenset(_own()), time.monotonic()
-        return address in self._own or address.is_loopback or _is_local(address)
+        return address in self._own or address.is_loopback or address.is_unspecified or _is_local(address)
 
 
 def _own() -> Iterable[Address]:
@@ -86,6 +103,8 @@ def never(address: Address, cidrs: Iterable[Network], host: Host) -> str | None:
     cidrs = tuple(cidrs)
     address = plain(address)
     if address in LINK:
+        return "private"
+    if any(never(one, cidrs, host) is not None for one in embedded(address)):
         return "private"
     if host.has(address):
         return None if named(address, ip_network(str(address)), cidrs) else "host"

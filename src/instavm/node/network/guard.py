@@ -27,7 +27,8 @@ from instavm.node import precedence
 from instavm.node.network import rules, space
 from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.network.space import Space
-from instavm.sandbox import Egress, EgressLog, Seen
+from instavm.node.network.witness import Witness
+from instavm.sandbox import Egress, EgressDecision, EgressLog, Seen
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class Network:
     networks: Networks
     policy: Policy
     changing: anyio.Lock = field(default_factory=anyio.Lock)
+    witness: Witness = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.space.filter_log is not None, "it has just been made"
+        self.witness = Witness(self.space.kernel_log, self.space.filter_log)
 
     @property
     def tap(self) -> int:
@@ -91,6 +97,11 @@ class Network:
         await self.networks.ask("put", self.name, **self.networks.told(policy))
         await anyio.to_thread.run_sync(space.apply, self.space, rules.allowing(policy))
         self.policy = policy
+
+    async def check(self, host: str, port: int, protocol: str, egress: Egress | None) -> EgressDecision:
+        """What the filter says. egress: decide by this, not by what is in force. Raises HostNotReady."""
+        policy = None if egress is None else Policy(egress, self.policy.registries.values())
+        return await self.networks.check(self.name, policy, host, port, protocol)
 
     async def log(self) -> EgressLog:
         """Raises HostNotReady."""
@@ -196,6 +207,13 @@ class Networks:
                 await self._ready.wait()
         except TimeoutError as exc:
             raise HostNotReady("the egress filter does not come up") from exc
+
+    async def check(self, name: str, policy: Policy | None, host: str, port: int, protocol: str) -> EgressDecision:
+        """Asked of the filter itself. policy: None: what it goes by for the network `name`. Raises HostNotReady."""
+        await self.ready()
+        by = None if policy is None else self.told(policy)
+        said = await self.ask("check", name, host=host, port=port, protocol=protocol, by=by)
+        return EgressDecision(*said["decision"])
 
     def _hand_over(self, network: Network) -> None:
         """Give the filter the sockets of a network. It is closed until a `put` is answered, so nobody waits for this."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, ip_network
+from ipaddress import IPv4Network, collapse_addresses, ip_network
 from typing import Any, Final
 
+from instavm import hostnames
 from instavm.node.network.addresses import Address, Host, never
 from instavm.sandbox import Egress
 
@@ -35,6 +36,7 @@ class Verdict:
 
 
 NO_RULE: Final = Verdict(False, "no_rule")
+NO_IPV6: Final = Verdict(False, "no_ipv6")
 
 
 class Policy:
@@ -94,8 +96,8 @@ class Policy:
 
 def registry(text: str) -> Registry:
     """One that the operator names: `host` or `host:port`. Raises ValueError."""
-    host, _, port = text.partition(":")
-    return Registry(host.lower().rstrip("."), (int(port),) if port else (HTTP, HTTPS), trusted=True)
+    host, port = hostnames.read_authority(text)
+    return Registry(host, (HTTP, HTTPS) if port is None else (port,), trusted=True)
 
 
 def to_wire(policy: Policy) -> dict[str, Any]:
@@ -114,6 +116,5 @@ def from_wire(message: dict[str, Any]) -> Policy:
 
 
 def v4(cidrs: Iterable[object]) -> list[str]:
-    """The IPv4 networks among them, without those that another one holds."""
-    found = [cidr for cidr in cidrs if isinstance(cidr, IPv4Network)]
-    return [str(one) for one in found if not any(one != other and one.subnet_of(other) for other in found)]
+    """The IPv4 networks among them, none of which overlaps or adjoins another: a set of the kernel takes no other."""
+    return [str(one) for one in collapse_addresses(cidr for cidr in cidrs if isinstance(cidr, IPv4Network))]

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from instavm.node.network.addresses import GATEWAY, GUEST, SPECIAL, STAND_INS
+from instavm.node.network.kernel_log import GROUP, HEADERS_MAX
 from instavm.node.network.policy import Policy, v4
+from instavm.refusals import WEB_PORTS
 from instavm.sandbox import Seen
 
 TAP: Final = "tap0"
@@ -41,11 +43,16 @@ table {TABLE} {{
     ip daddr {GATEWAY} meta l4proto {{ tcp, udp }} th dport 53 accept
     meta l4proto {{ tcp, udp }} jump allowed
     meta l4proto {{ tcp, udp }} update @refused {{ ip daddr . meta l4proto . th dport counter }}
+    log group {GROUP} snaplen {HEADERS_MAX}
     meta l4proto tcp reject with tcp reset
     reject with icmp admin-prohibited
   }}
 }}
 """
+
+
+BASE_WITHOUT_LOG: Final = BASE.replace(f"    log group {GROUP} snaplen {HEADERS_MAX}\n", "")
+"""For a kernel that has no such log."""
 
 
 def allowing(policy: Policy) -> str:
@@ -55,8 +62,9 @@ def allowing(policy: Policy) -> str:
 
 def _rules(policy: Policy) -> Iterator[str]:
     tcp, udp = f"tproxy ip to :{TCP_PORT} accept", f"tproxy ip to :{UDP_PORT} accept"
-    if ports := _set(policy.name_ports()):
-        yield f"ip daddr {STAND_INS} tcp dport {ports} {tcp}"
+    if ports := policy.name_ports():
+        told = sorted({*ports, *WEB_PORTS})  # on these the filter can say why it refuses
+        yield f"ip daddr {STAND_INS} tcp dport {_set(told)} {tcp}"
     if policy.cidrs or policy.open:
         yield f"ip daddr {STAND_INS} return"
     if cidrs := _set(v4(policy.cidrs)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib
+import logging
 import os
 import socket
 import struct
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from instavm.errors import HostNotReady
-from instavm.node.network import nft, rules
+from instavm.node.network import kernel_log, nft, rules
 from instavm.node.network.addresses import GATEWAY, GATEWAY_MAC, PREFIX
 from instavm.node.network.thread import LIBC, check, in_thread
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TUN: Final = Path("/dev/net/tun")
@@ -37,16 +39,22 @@ SYS_PIDFD_GETFD: Final = 438
 BACKLOG: Final = 256
 OLD_SOCKETS_S: Final = 5.0
 """How long the sockets of a filter that ends may still be there when its successor takes over."""
-SOCKETS: Final = ("connections", "names", "names_over_tcp", "datagrams", "answers")
+SOCKETS: Final = ("connections", "names", "names_over_tcp", "datagrams", "answers", "refusals")
+REFUSALS_BYTES: Final = 64 << 10
 
 
 @dataclass(slots=True)
 class Space:
-    """`tap` is for the VMM to inherit and closed afterwards; `sockets` are for the filter, in the order of SOCKETS."""
+    """`tap` is for the VMM to inherit and closed afterwards; `sockets` are for the filter, in the order of SOCKETS.
+
+    kernel_log, filter_log: where kernel and filter tell of what they refuse. A kernel may have no such log.
+    """
 
     fd: int
     tap: int = -1
     sockets: list[socket.socket] = field(default_factory=list)
+    kernel_log: socket.socket | None = None
+    filter_log: socket.socket | None = None
 
     def close_tap(self) -> None:
         if self.tap >= 0:
@@ -56,9 +64,11 @@ class Space:
     def close(self) -> None:
         """Twice is fine."""
         self.close_tap()
-        for one in self.sockets:
-            one.close()
+        for one in (*self.sockets, self.kernel_log, self.filter_log):
+            if one is not None:
+                one.close()
         self.sockets = []
+        self.kernel_log = self.filter_log = None
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -118,8 +128,10 @@ def _make() -> Space:
         space.tap = _open_tap()
         _close_ipv6()
         _address()
-        nft.run(rules.BASE)
+        space.kernel_log = _kernel_log()
+        nft.run(rules.BASE if space.kernel_log is not None else rules.BASE_WITHOUT_LOG)
         space.sockets = _sockets()
+        _tell_refusals(space)
     except BaseException:
         space.close()
         raise
@@ -146,7 +158,9 @@ def _adopt(pid: int) -> Space | None:
         os.close(tap)
     try:
         within(space, lambda: nft.run(f"flush chain {rules.TABLE} allowed"))
+        space.kernel_log = within(space, _kernel_log)
         space.sockets = within(space, _sockets_again)
+        _tell_refusals(space)
     except BaseException:
         space.close()
         raise
@@ -189,6 +203,23 @@ def _address() -> None:
         route.addr("add", index=tap, address=GATEWAY, prefixlen=PREFIX)
         # Every address is here: what the guest sends to anybody, the namespace receives itself.
         route.route("add", dst="0.0.0.0/0", type="local", oif=loopback, scope="host")
+
+
+def _kernel_log() -> socket.socket | None:
+    try:
+        return kernel_log.listen()
+    except OSError as exc:
+        log.debug("this kernel does not tell of single packets that it refuses: %s", exc)
+        return None
+
+
+def _tell_refusals(space: Space) -> None:
+    """A line from the filter to here. It never waits: what there is no room for is not told."""
+    space.filter_log, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    space.sockets.append(theirs)
+    space.filter_log.setblocking(False)
+    theirs.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REFUSALS_BYTES)
 
 
 def _sockets() -> list[socket.socket]:

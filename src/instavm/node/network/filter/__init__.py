@@ -7,6 +7,8 @@ connections.py  TCP: decide, find out the name that is meant, dial, pass bytes o
 hello.py        the name in a TLS ClientHello
 web.py          HTTP, request by request
 dial.py         looking up and connecting, on the host's side
+denials.py      what a refused client is told
+check.py        what would become of a connection, for who asks from outside
 datagrams.py    UDP for address ranges
 seen.py         the log
 """

@@ -10,18 +10,24 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from functools import partial
 from typing import Any, Final
 
 import anyio
 import anyio.abc
+import dns.edns
 import dns.message
 import dns.rrset
 
 from instavm.node import descriptors
 from instavm.node.network import policy
 from instavm.node.network.addresses import Host
+from instavm.node.network.decision import Decider
 from instavm.node.network.filter import connections, names
+from instavm.node.network.filter.check import check
 from instavm.node.network.filter.datagrams import Datagrams
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.filter.place import Limits, Place
@@ -47,6 +53,7 @@ def _load() -> None:
     """Have everything in memory that is imported when it is first used: later, its files may not be ours to read."""
     answer = dns.message.make_response(dns.message.make_query("a.example", "A"))
     answer.answer.append(dns.rrset.from_text("a.example.", 1, "IN", "A", "192.0.0.1"))
+    answer.use_edns(0, options=[dns.edns.EDEOption(dns.edns.EDECode.PROHIBITED, "")])
     dns.message.from_wire(answer.to_wire())
     "a.example".encode("idna")
 
@@ -75,12 +82,19 @@ async def _serve(line: socket.socket) -> None:
             if not data:
                 os._exit(0)
             ask = json.loads(data)
-            try:
-                said = filter_.handle(ask, fds)
-            except Exception as exc:  # the edge of one request: it fails, the others go on
-                log.exception("%s failed", ask.get("do"))
-                said = {"error": f"{type(exc).__name__}: {exc}"}
-            await asyncio.get_running_loop().sock_sendall(line, json.dumps({"id": ask["id"], **said}).encode())
+            if ask["do"] == "check":  # it may have to look a name up
+                tasks.start_soon(_answer, line, ask, partial(filter_.check, ask))
+            else:
+                await _answer(line, ask, partial(filter_.handle, ask, fds))
+
+
+async def _answer(line: socket.socket, ask: dict[str, Any], work: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+    try:
+        said = await work()
+    except Exception as exc:  # the edge of one request: it fails, the others go on
+        log.exception("%s failed", ask.get("do"))
+        said = {"error": f"{type(exc).__name__}: {exc}"}
+    await asyncio.get_running_loop().sock_sendall(line, json.dumps({"id": ask["id"], **said}).encode())
 
 
 class Filter:
@@ -89,7 +103,7 @@ class Filter:
         self._places: dict[str, Place] = {}
         self._host = Host()
 
-    def handle(self, ask: dict[str, Any], fds: list[int]) -> dict[str, Any]:
+    async def handle(self, ask: dict[str, Any], fds: list[int]) -> dict[str, Any]:
         sockets = [socket.socket(fileno=fd) for fd in fds]
         match ask["do"]:
             case "begin":
@@ -113,6 +127,13 @@ class Filter:
                 counts = {"sent": place.log.sent, "received": place.log.received, "open": len(place.flows)}
                 return {"entries": place.log.entries(), **counts}
         return {}
+
+    async def check(self, ask: dict[str, Any]) -> dict[str, Any]:
+        if (by := ask["by"]) is None:
+            decider = self._places[ask["name"]].decider
+        else:
+            decider = Decider(policy.from_wire(by["policy"]), self._host, frozenset(by["closed_ports"]))
+        return {"decision": astuple(await check(decider, self._dialer, ask["host"], ask["port"], ask["protocol"]))}
 
 
 async def _live(place: Place) -> None:

@@ -11,8 +11,9 @@ from typing import Final
 import anyio
 import anyio.abc
 
-from instavm.node.network.addresses import STAND_INS, Address
-from instavm.node.network.filter import hello, web
+from instavm import hostnames
+from instavm.node.network.addresses import Address
+from instavm.node.network.filter import denials, hello, web
 from instavm.node.network.filter.place import Flow, Place, reset, ungrouped
 from instavm.node.network.filter.seen import Refused
 from instavm.node.network.policy import Verdict
@@ -44,9 +45,7 @@ async def _one(place: Place, guest: socket.socket) -> None:
     about = {"name": name, "address": None if name else host, "port": port}
     flow = Flow(name, None if name else address, port)
     try:
-        if name is None and address in STAND_INS:
-            raise Refused("no_rule")
-        verdict = place.verdict(name, flow.address, port)
+        verdict = place.decider.verdict(name, flow.address, port)
         if not verdict.allowed:
             raise Refused(verdict.rule)
         if len(place.flows) >= place.limits.connections:
@@ -60,8 +59,7 @@ async def _one(place: Place, guest: socket.socket) -> None:
     except Refused as exc:
         registry = name in place.policy.registries
         place.log.add(**about, allowed=False, rule=exc.rule, registry=registry)
-        if exc.answer:
-            await web.farewell(guest, exc.answer)
+        await denials.explain(place, flow, guest, exc, registry=registry)
     except (OSError, TimeoutError) as exc:
         log.debug("a connection broke: %s", exc)
     except Exception:
@@ -91,7 +89,7 @@ async def _pass(place: Place, flow: Flow, guest: socket.socket, verdict: Verdict
     if verdict.inspect:
         assert flow.name is not None, "only names are looked at more closely"
         with anyio.fail_after(HEAD_S):
-            head = await place.receive(guest)
+            head = flow.opening = await place.receive(guest)
             if head[:1] == bytes([hello.HANDSHAKE]):
                 head = await _hello(place, guest, head, flow.name)
             elif head:
@@ -121,6 +119,8 @@ async def _hello(place: Place, guest: socket.socket, head: bytes, name: str) -> 
             if not more or len(head) > hello.HELLO_MAX:
                 raise Refused("not_tls_or_http")
             head += more
+    except hostnames.BadName as exc:
+        raise Refused("bad_name") from exc
     except hello.Malformed as exc:
         raise Refused("not_tls_or_http") from exc
     if said.encrypted:
@@ -138,11 +138,9 @@ async def reach(place: Place, flow: Flow, verdict: Verdict) -> tuple[socket.sock
     if flow.name is None:
         assert flow.address is not None, "a flow has a name or an address"
         return (await dialer.connect([flow.address], flow.port))[0], b""
-    found = await dialer.resolve(flow.name)
-    why = {address: place.unfit(address, flow.port, verdict) for address in found}
-    fit = [address for address in found if why[address] is None]
+    fit, why = place.decider.fit(await dialer.resolve(flow.name), flow.port, verdict)
     if not fit:
-        raise Refused(next((rule for rule in why.values() if rule), "unresolved"))
+        raise Refused(why)
     outside, flow.address = await dialer.connect(fit, flow.port)
     return outside, b""
 

@@ -43,7 +43,7 @@ class Datagrams:
             return
         port, packed = struct.unpack_from("!H4s", to, 2)
         address = IPv4Address(packed)
-        verdict = place.verdict(None, address, port, "udp")
+        verdict = place.decider.verdict(None, address, port, "udp")
         key = (sender[1], str(address), port)
         link = self._links.get(key)
         if verdict.allowed and link is None and len(self._links) >= FLOWS_MAX:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from instavm import hostnames
+
 HANDSHAKE: Final = 22
 CLIENT_HELLO: Final = 1
 SERVER_NAME, ENCRYPTED_HELLO = 0, 0xFE0D
@@ -46,7 +48,7 @@ class _Bytes:
 
 
 def read(data: bytes) -> Hello | None:
-    """None: more bytes are needed. Raises Malformed."""
+    """None: more bytes are needed. Raises Malformed; BadName (the server name is none)."""
     message = _handshake(data)
     if message is None:
         return None
@@ -99,7 +101,4 @@ def _extensions(extensions: _Bytes) -> Hello:
 
 
 def _host(content: _Bytes) -> str:
-    try:
-        return content._data.decode("ascii").lower().rstrip(".")
-    except UnicodeDecodeError as exc:
-        raise Malformed("its name is not ASCII") from exc
+    return hostnames.read(content._data.decode("latin-1"))

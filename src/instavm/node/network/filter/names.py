@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import socket
 from typing import Final
 
 import anyio
 import anyio.abc
+import dns.edns
 import dns.exception
 import dns.flags
 import dns.message
@@ -22,6 +22,7 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 
+from instavm import hostnames, refusals
 from instavm.node.network.filter.place import Place
 from instavm.node.network.filter.seen import Refused
 
@@ -31,9 +32,6 @@ TTL_S: Final = 60
 MESSAGE_MAX: Final = 4096
 AT_ONCE: Final = 16
 PATIENCE_S: Final = 10.0
-NAME: Final = re.compile(
-    r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
-)
 
 
 async def over_udp(place: Place, tasks: anyio.abc.TaskGroup) -> None:
@@ -105,28 +103,49 @@ async def answer(place: Place, question: bytes) -> bytes | None:
         said.set_rcode(dns.rcode.REFUSED)
         return said.to_wire()
     one = asked.question[0]
-    name = one.name.to_text(omit_final_dot=True).lower()
-    said.set_rcode(await _look_up(place, name, one.rdclass))
-    if said.rcode() == dns.rcode.NOERROR and one.rdtype == dns.rdatatype.A:
+    said_name = one.name.to_text(omit_final_dot=True)
+    try:
+        name = hostnames.read(said_name)
+    except hostnames.BadName:
+        place.log.add(name=hostnames.shown(said_name), port=53, protocol="dns", allowed=False, rule="bad_name")
+        return _refused(asked, said, "bad_name")
+    rcode, rule = await _look_up(place, name, one.rdclass)
+    if rule is not None:
+        return _refused(asked, said, rule)
+    said.set_rcode(rcode)
+    if rcode == dns.rcode.NOERROR and one.rdtype == dns.rdatatype.A:
         stand_in = str(place.stand_in(name))
         said.answer.append(dns.rrset.from_text(one.name, TTL_S, dns.rdataclass.IN, dns.rdatatype.A, stand_in))
     return said.to_wire()
 
 
-async def _look_up(place: Place, name: str, kind: dns.rdataclass.RdataClass) -> dns.rcode.Rcode:
-    """Whether there is such a name, as far as this sandbox is concerned."""
+def _refused(asked: dns.message.Message, said: dns.message.Message, rule: str) -> bytes:
+    """There is no such name: of all answers the one upon which programs stop asking. Who can read more is told more."""
+    said.set_rcode(dns.rcode.NXDOMAIN)
+    if asked.edns >= 0:
+        why = f"InstaVM egress, {rule}: {refusals.why(rule)}"
+        said.use_edns(0, options=[dns.edns.EDEOption(dns.edns.EDECode.PROHIBITED, why)])
+    return said.to_wire()
+
+
+async def _look_up(place: Place, name: str, kind: dns.rdataclass.RdataClass) -> tuple[dns.rcode.Rcode, str | None]:
+    """Whether there is such a name, as far as this sandbox is concerned; by which rule it is refused, if it is."""
     registry = name in place.policy.registries
-    if kind != dns.rdataclass.IN or not NAME.fullmatch(name) or not place.policy.lookup(name):
-        place.log.add(name=name[:253], port=53, protocol="dns", allowed=False, rule="no_rule", registry=registry)
-        return dns.rcode.NXDOMAIN
+
+    def failed(rule: str) -> None:
+        place.log.add(name=name, port=53, protocol="dns", allowed=False, rule=rule, registry=registry)
+
+    if kind != dns.rdataclass.IN or not place.policy.lookup(name):
+        failed("no_rule")
+        return dns.rcode.NXDOMAIN, "no_rule"
     if place.dialer.proxy is not None:
-        return dns.rcode.NOERROR
+        return dns.rcode.NOERROR, None
     try:
         found = await place.dialer.resolve(name)
     except Refused as exc:
-        place.log.add(name=name, port=53, protocol="dns", allowed=False, rule=exc.rule, registry=registry)
-        return dns.rcode.SERVFAIL
+        failed(exc.rule)
+        return dns.rcode.SERVFAIL, None
     if not found:
-        place.log.add(name=name, port=53, protocol="dns", allowed=False, rule="unresolved", registry=registry)
-        return dns.rcode.NXDOMAIN
-    return dns.rcode.NOERROR
+        failed("unresolved")
+        return dns.rcode.NXDOMAIN, None
+    return dns.rcode.NOERROR, None

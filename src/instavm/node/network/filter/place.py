@@ -15,9 +15,10 @@ from typing import Any, Final
 import anyio
 
 from instavm.node.network.addresses import STAND_INS, Address, Host
+from instavm.node.network.decision import Decider
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.filter.seen import Log
-from instavm.node.network.policy import Policy, Verdict, to_wire
+from instavm.node.network.policy import Policy, to_wire
 from instavm.sandbox import Egress
 
 NAMES_MAX: Final = 4096
@@ -58,18 +59,21 @@ class Flow:
     port: int
     protocol: str = "tcp"
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    opening: bytes = b""
+    """The first bytes that came, which tell the protocol; empty before they have been read."""
 
 
 class Place:
     def __init__(self, sockets: list[socket.socket], dialer: Dialer, host: Host, limits: Limits) -> None:
-        self.connections, self.names, self.names_over_tcp, self.datagrams, self.answers = sockets
+        self.connections, self.names, self.names_over_tcp, self.datagrams, self.answers, refusals = sockets
+        self._sockets = sockets
         self.dialer, self.host, self.limits = dialer, host, limits
-        self.policy = Policy(Egress())
-        self.log = Log()
+        self.decider = Decider(Policy(Egress()), host, frozenset())
+        self.log = Log(refusals)
         self.flows: set[Flow] = set()
+        self.explaining = 0
+        """Refused connections that are told why at this moment."""
         self.up, self.down = Bucket(limits.bytes_per_s), Bucket(limits.bytes_per_s)
-        self.closed_ports: frozenset[int] = frozenset()
-        """Ports of this host that are the control plane's."""
         self.scope = anyio.CancelScope()
         self._stand_ins: dict[str, IPv4Address] = {}
         self._names: dict[IPv4Address, str] = {}
@@ -77,12 +81,16 @@ class Place:
 
     def close(self) -> None:
         self.scope.cancel()
-        for one in (self.connections, self.names, self.names_over_tcp, self.datagrams, self.answers):
+        for one in self._sockets:
             one.close()
+
+    @property
+    def policy(self) -> Policy:
+        return self.decider.policy
 
     def put(self, policy: Policy, closed_ports: frozenset[int]) -> None:
         """From now on this holds; connections that it does not allow are cut before anything else happens."""
-        self.policy, self.closed_ports = policy, closed_ports
+        self.decider = Decider(policy, self.host, closed_ports)
         for flow in list(self.flows):
             if self.still(flow) is not None:
                 self.log.add(
@@ -97,34 +105,16 @@ class Place:
 
     def told(self) -> dict[str, Any]:
         """What it goes by, in the words in which it was told."""
-        return {"policy": to_wire(self.policy), "closed_ports": sorted(self.closed_ports)}
-
-    def verdict(self, name: str | None, address: Address | None, port: int, protocol: str = "tcp") -> Verdict:
-        if name is not None:
-            return self.policy.name(name, port)
-        assert address is not None, "there is a name or an address"
-        verdict = self.policy.address(address, port, self.host, protocol)
-        if verdict.allowed and self.is_control(address, port):
-            return Verdict(False, "control_plane")
-        return verdict
+        return {"policy": to_wire(self.policy), "closed_ports": sorted(self.decider.closed_ports)}
 
     def still(self, flow: Flow) -> str | None:
         """Why an open connection is not allowed any more; None while it is."""
-        verdict = self.verdict(flow.name, flow.address, flow.port, flow.protocol)
+        verdict = self.decider.verdict(flow.name, flow.address, flow.port, flow.protocol)
         if not verdict.allowed:
             return verdict.rule
         if flow.name is not None and flow.address is not None:
-            return self.unfit(flow.address, flow.port, verdict)
+            return self.decider.unfit(flow.address, flow.port, verdict)
         return None
-
-    def unfit(self, address: Address, port: int, verdict: Verdict) -> str | None:
-        """Why what an allowed name resolved to may not be dialled; None when it may."""
-        if self.is_control(address, port):
-            return "control_plane"
-        return self.policy.resolved(address, verdict, self.host)
-
-    def is_control(self, address: Address, port: int) -> bool:
-        return port in self.closed_ports and self.host.has(address)
 
     def stand_in(self, name: str) -> IPv4Address:
         """The name's own address in here; the same one every time."""

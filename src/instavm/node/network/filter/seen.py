@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
 import time
 from collections import OrderedDict
 from typing import Any, Final
+
+from instavm.refusals import UPSTREAM
 
 KEPT: Final = 512
 """Destinations; of more, those that were not seen for longest go."""
@@ -15,17 +20,22 @@ Key = tuple[str | None, str | None, int, str, bool, str]
 class Refused(Exception):
     """A connection that does not come about, or not any further. `rule`: the word for it in the log.
 
-    answer: what the guest is told in its own protocol, before the connection ends.
+    name: what the client asked for, where that is not what it looked up.
     """
 
-    def __init__(self, rule: str, answer: bytes = b"") -> None:
+    def __init__(self, rule: str, name: str | None = None) -> None:
         self.rule = rule
-        self.answer = answer
+        self.name = name
+        self.mid_answer = False
+        """Some of an answer was passed on already, so that nothing can be said in between."""
         super().__init__(rule)
 
 
 class Log:
-    def __init__(self) -> None:
+    """`refusals`: where each refusal is told at once, to whoever wants to know; a full one loses the newest."""
+
+    def __init__(self, refusals: socket.socket | None = None) -> None:
+        self._refusals = refusals
         self._entries: OrderedDict[Key, list[Any]] = OrderedDict()
         self.sent = self.received = 0
 
@@ -47,6 +57,9 @@ class Log:
         self._entries.move_to_end(key)
         if len(self._entries) > KEPT:
             self._entries.popitem(last=False)
+        if not allowed and rule not in UPSTREAM and self._refusals is not None:
+            with contextlib.suppress(OSError):
+                self._refusals.send(json.dumps([name, address, port, protocol, rule, registry]).encode())
 
     def entries(self) -> list[list[Any]]:
         """Oldest first: the key's parts, count, first and last time, whether it is a registry."""

@@ -6,21 +6,23 @@ What reaches the server is what we understood, in our own framing: a second requ
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import anyio
 import h11
 
+from instavm import hostnames
 from instavm.node.network.filter.place import Place, ungrouped
 from instavm.node.network.filter.seen import Refused
 
 HEAD_MAX: Final = 64 << 10
 CHUNK: Final = 1 << 18
-FAREWELL_S: Final = 1.0
+ABSOLUTE: Final = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+LINE: Final = re.compile(rb"[^ ]* ([^ ]*)")
+HOST: Final = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t\r]*$")
 Dial = Callable[[], Awaitable[tuple[socket.socket, bytes]]]
 
 
@@ -31,7 +33,7 @@ async def first_head(place: Place, guest: socket.socket, head: bytes, name: str)
         talk.receive_data(head)
         event = _understood(talk)
         if event is not h11.NEED_DATA:
-            _check(event, talk, name)
+            _check(event, name)
             return head
         more = await place.receive(guest)
         if not more:
@@ -51,14 +53,19 @@ async def relay(
             request = await _next(down, lambda: place.receive(guest))
             if isinstance(request, h11.ConnectionClosed):
                 return
-            _check(request, down, name)
+            _check(request, name)
             if outside is None or not _open_still(outside):
                 if outside is not None:
                     outside.close()
                 outside, _ = await dial()
                 up = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_MAX)
             allowed()
-            if await _exchange(place, guest, down, outside, up, request):
+            try:
+                switched = await _exchange(place, guest, down, outside, up, request)
+            except Refused as exc:
+                exc.mid_answer = True
+                raise
+            if switched:
                 await _rest(place, guest, down, outside, up)
                 return
             if down.our_state is not h11.DONE or down.their_state is not h11.DONE:
@@ -148,12 +155,13 @@ async def _next(talk: h11.Connection, more: Callable[[], Awaitable[bytes]]) -> A
 
 
 def _understood(talk: h11.Connection) -> Any:
+    head = talk.trailing_data[0] if talk.their_state is h11.IDLE and talk.our_role is h11.SERVER else b""
     try:
         event = talk.next_event()
     except h11.RemoteProtocolError as exc:
         if talk.our_role is h11.CLIENT:
             raise OSError(f"the server speaks no HTTP: {exc}") from exc
-        raise Refused("not_tls_or_http") from exc
+        raise Refused(_unreadable(head)) from exc
     if event is h11.NEED_DATA and talk.their_state is h11.IDLE and _other_protocol(talk.trailing_data[0]):
         raise Refused("not_tls_or_http")  # h11 would wait for the rest of a head that never comes
     return event
@@ -175,48 +183,53 @@ def _open_still(outside: socket.socket) -> bool:
         return False
 
 
-def _check(request: Any, talk: h11.Connection, name: str) -> None:
-    """Raises Refused, with an answer that says why."""
+def _check(request: Any, name: str) -> None:
+    """Raises Refused."""
     if not isinstance(request, h11.Request):
         raise Refused("not_tls_or_http")
-    rule = _wrong(request, name)
-    if rule is None:
-        return
-    text = f"InstaVM: {rule}: this connection is for {name}\n".encode()
-    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(text))), ("Connection", "close")]
-    said = talk.send(h11.Response(status_code=403, headers=headers)) or b""
-    raise Refused(rule, said + (talk.send(h11.Data(text)) or b"") + (talk.send(h11.EndOfMessage()) or b""))
+    for said in _said(request):
+        try:
+            host, _ = hostnames.read_authority(said)
+        except hostnames.BadName as exc:
+            raise Refused("bad_name", hostnames.shown(said)) from exc
+        if request.method == b"CONNECT":
+            raise Refused("connect", host)
+        if host != name:
+            raise Refused("wrong_name", host)
 
 
-async def farewell(guest: socket.socket, answer: bytes) -> None:
-    """Say a last thing and wait a moment for it to be taken: a reset must not overtake it."""
-    loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):  # who asked may be gone
-        await loop.sock_sendall(guest, answer)
-        guest.shutdown(socket.SHUT_WR)
-        with anyio.move_on_after(FAREWELL_S):
-            while await loop.sock_recv(guest, CHUNK):
-                pass
-
-
-def _wrong(request: h11.Request, name: str) -> str | None:
+def _said(request: h11.Request) -> list[str]:
+    """Every name that the request gives: in its target, then in its Host header. Raises Refused."""
+    target = request.target.decode("latin-1")
+    hosts = [value.decode("latin-1") for key, value in request.headers if key == b"host"]
     if request.method == b"CONNECT":
-        return "connect"
-    hosts = [_host(value.decode("latin-1")) for key, value in request.headers if key == b"host"]
-    if request.target.startswith((b"http://", b"https://")):
-        hosts.append(_host(urlsplit(request.target.decode("latin-1")).netloc))
+        return [target, *hosts]
+    if (absolute := ABSOLUTE.fullmatch(target)) is not None:
+        return [absolute[1], *hosts]
+    if not target.startswith("/") and target != "*":
+        raise Refused("not_tls_or_http")
     if not hosts:
-        return "no_name"
-    return None if all(host == name for host in hosts) else "wrong_name"
+        raise Refused("no_name")
+    return hosts
 
 
-def _host(value: str) -> str:
-    return value.strip().rpartition("@")[2].partition(":")[0].lower().rstrip(".")
+def _unreadable(head: bytes) -> str:
+    """The rule for a head that is no HTTP: whether that is because of a name in it."""
+    target = LINE.match(head)
+    absolute = None if target is None else ABSOLUTE.fullmatch(target[1].decode("latin-1"))
+    hosts = [value.decode("latin-1") for value in HOST.findall(head)]
+    for said in [*([] if absolute is None else [absolute[1]]), *hosts]:
+        try:
+            hostnames.read_authority(said)
+        except hostnames.BadName:
+            return "bad_name"
+    return "not_tls_or_http"
 
 
 def _path(request: h11.Request) -> bytes:
     """The target as servers expect it: without scheme and host."""
-    if not request.target.startswith((b"http://", b"https://")):
+    absolute = ABSOLUTE.fullmatch(request.target.decode("latin-1"))
+    if absolute is None:
         return bytes(request.target)
-    parts = urlsplit(request.target.decode("latin-1"))
-    return (parts.path or "/").encode("latin-1") + (b"?" + parts.query.encode("latin-1") if parts.query else b"")
+    rest = absolute[2].partition("#")[0].encode("latin-1")
+    return rest if rest.startswith(b"/") else b"/" + rest
