@@ -58,6 +58,13 @@ def read_typed(text: str) -> str:
         raise BadName(str(exc)) from exc
 
 
+def of_service(name: str) -> str:
+    """The host in a name such as _http._tcp.deb.debian.org, which is asked for a service of it; any other name as it is."""
+    while name.startswith("_") and "." in name:
+        name = name.partition(".")[2]
+    return name
+
+
 def shown(text: str) -> str:
     """Any text as it may stand in a log: printable ASCII, at most 253 characters."""
     return ascii(text)[1:-1][:NAME_MAX]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from instavm import hostnames
+
 UPSTREAM: Final = frozenset({"unresolved", "unreachable", "proxy"})
 """Rules that are no refusal: the destination is allowed, and does not answer."""
 WEB_PORTS: Final = (80, 443)
@@ -68,7 +70,8 @@ def remedy(rule: str, name: str | None, address: str | None, port: int, *, regis
         return _add("allow_package_managers=True", "--allow-package-managers")
     if port not in (*WEB_PORTS, DNS_PORT):
         return f"use port 80 or 443, on which names are reached; for another port, {_range(address)}"
-    return _flag(port) if rule == "port" else _add(f"allowed_domains=[{name!r}]", f"--domain {name}")
+    host = hostnames.of_service(name)
+    return _flag(port) if rule == "port" else _add(f"allowed_domains=[{host!r}]", f"--domain {host}")
 
 
 def _flag(port: int) -> str:

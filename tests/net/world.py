@@ -2,7 +2,7 @@
 
 On every address: HTTP on 80 and 8080, TLS on 443, echo on TCP and UDP 9999; DNS on the first one. What it answers stands in
 FOLDER/zone.json, read anew for each question; every question and every connection becomes a line in FOLDER/seen.
-Repositories in FOLDER/git are served below /git/.
+Repositories in FOLDER/git are served below /git/; below /to/ is a redirect to the URL that follows.
 """
 
 import json
@@ -41,6 +41,8 @@ class Web(BaseHTTPRequestHandler):
         body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         if self.path.startswith("/git/"):
             return self._git(body)
+        if self.path.startswith("/to/"):
+            return self._elsewhere(self.path.removeprefix("/to/"))
         size = int(self.path.removeprefix("/bytes/")) if self.path.startswith("/bytes/") else None
         said = b"x" * size if size is not None else f"{self.command} {self.path} at {here} {len(body)}\n".encode()
         self.send_response(200)
@@ -49,6 +51,12 @@ class Web(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(said)
         return None
+
+    def _elsewhere(self, url):
+        self.send_response(302)
+        self.send_header("Location", url)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _chunks(self):
         body = b""

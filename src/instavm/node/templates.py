@@ -22,7 +22,7 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
-from instavm.node import identity, inventory
+from instavm.node import identity, inventory, patience
 from instavm.node.agent import Agent, connected
 from instavm.node.console import last_lines
 from instavm.node.images.store import GuestBase, Image
@@ -210,7 +210,7 @@ class Templates:
 
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
-        parts += [self._network, self._trust.fingerprint(), ASKED]
+        parts += [self._network, self._trust.fingerprint(), ASKED, patience.RETRIES]
         if image.owner is not None:
             parts.append(image.name)
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -272,7 +272,7 @@ class Templates:
                     registries = await self._ask_registries(agent, image)
                     for command in WARM_UP:
                         await agent.execute(command)
-                    await agent.identify(identity.fresh(NOBODY, trusted))
+                    await agent.identify(identity.fresh(NOBODY, {**patience.beside(template.env), **trusted}))
                     await agent.rest()
                     await anyio.sleep(SETTLE_S)
                     await machine.pause()

@@ -30,17 +30,30 @@ def test_the_stricter_of_two_names_holds(given, packages):
 def test_one_spelling():
     egress = SetEgress(
         allowed_domains=["API.Example.com.", "*.Example.com", "bücher.example", "api.example.com"],
-        allowed_cidrs=["10.0.0.0/8", "192.0.2.7", "2001:DB8::/32"],
+        allowed_cidrs=["10.0.0.0/8", "192.0.2.7", "FD12::/32"],
     ).egress()
     assert egress.domains == ("api.example.com", "*.example.com", "xn--bcher-kva.example")
-    assert egress.cidrs == ("10.0.0.0/8", "192.0.2.7/32", "2001:db8::/32")
+    assert egress.cidrs == ("10.0.0.0/8", "192.0.2.7/32", "fd12::/32")
 
 
 NO_NAMES = (
     *("https://a.test", "a.test/x", "a.test:443", "*", "a.*.test", "*a.test", "10.0.0.1", "::1", "", "-a.test"),
     *("a" * 64 + ".test", "a..test", "a b.test", "1.2.3.4.5", 7),
+    *(
+        "0x7f.1",
+        "2130706433",
+        "017700000001",
+        "[::1]",
+        "a.test..",
+        "a\0.test",
+        "a\n.test",
+        "a\t.test",
+        "a%2etest",
+        "u@a.test",
+    ),
 )
-NO_RANGES = ("10.0.0.1/8", "10.0.0.0/33", "host", "", "10.0.0.0-10.0.0.9", 7)
+V6_RANGES = ("::/0", "2000::/3", "64:ff9b::/96", "::ffff:10.0.0.0/104", "fe80::/10", "2001:db8::/32")
+NO_RANGES = ("10.0.0.1/8", "10.0.0.0/33", "host", "", "10.0.0.0-10.0.0.9", 7, *V6_RANGES)
 
 
 @pytest.mark.parametrize(

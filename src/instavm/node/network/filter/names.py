@@ -130,7 +130,7 @@ def _refused(asked: dns.message.Message, said: dns.message.Message, rule: str) -
 
 async def _look_up(place: Place, name: str, kind: dns.rdataclass.RdataClass) -> tuple[dns.rcode.Rcode, str | None]:
     """Whether there is such a name, as far as this sandbox is concerned; by which rule it is refused, if it is."""
-    registry = name in place.policy.registries
+    registry = hostnames.of_service(name) in place.policy.registries
 
     def failed(rule: str) -> None:
         place.log.add(name=name, port=53, protocol="dns", allowed=False, rule=rule, registry=registry)

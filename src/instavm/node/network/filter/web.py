@@ -21,7 +21,7 @@ from instavm.node.network.filter.seen import Refused
 HEAD_MAX: Final = 64 << 10
 CHUNK: Final = 1 << 18
 ABSOLUTE: Final = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-LINE: Final = re.compile(rb"[^ ]* ([^ ]*)")
+LINE: Final = re.compile(rb"([^ ]*) ([^ ]*)")
 HOST: Final = re.compile(rb"(?im)^host:[ \t]*(.*?)[ \t\r]*$")
 Dial = Callable[[], Awaitable[tuple[socket.socket, bytes]]]
 
@@ -215,10 +215,12 @@ def _said(request: h11.Request) -> list[str]:
 
 def _unreadable(head: bytes) -> str:
     """The rule for a head that is no HTTP: whether that is because of a name in it."""
-    target = LINE.match(head)
-    absolute = None if target is None else ABSOLUTE.fullmatch(target[1].decode("latin-1"))
+    line = LINE.match(head)
+    method, target = (b"", "") if line is None else (line[1], line[2].decode("latin-1"))
+    absolute = ABSOLUTE.fullmatch(target)
+    named = target if method == b"CONNECT" else None if absolute is None else absolute[1]
     hosts = [value.decode("latin-1") for value in HOST.findall(head)]
-    for said in [*([] if absolute is None else [absolute[1]]), *hosts]:
+    for said in hosts if named is None else [named, *hosts]:
         try:
             hostnames.read_authority(said)
         except hostnames.BadName:
