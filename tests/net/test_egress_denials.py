@@ -6,6 +6,7 @@ import time
 
 import anyio
 import pytest
+from special import SPECIAL
 from wired import wired
 
 from instavm.node.network.guard import Networks
@@ -206,6 +207,25 @@ async def test_another_spelling_of_the_same_name_is_that_name_everywhere(listed,
     assert "200 OK" in told
     _, told = await asked(listed, TLS, "good.test", name)
     assert told == "connected"
+
+
+@pytest.mark.parametrize("address", SPECIAL)
+async def test_a_name_that_resolves_to_a_special_address(guest, internet, address):
+    """Whatever is open to the public; a program is told so at once, and nothing is dialled."""
+    name = f"n{list(SPECIAL).index(address)}.test"
+    internet.names({name: [address]})
+    for egress in (
+        {"http": True, "https": True},
+        {"domains": ("*.test",)},
+        {"domains": ("*.test",), "cidrs": ("0.0.0.0/0",)},
+    ):
+        await allow(guest, **egress)
+        took, status, told = await asked(guest, GET, f"http://{name}/")
+        said = json.loads(told.split("|")[2])
+        assert (status, said["rule"], said["host"]) == (403, SPECIAL[address], name) and took < OPEN_S
+        assert (await guest.network.check(name, 80, "tcp", None)).rule == SPECIAL[address], (
+            "it says the same when asked"
+        )
 
 
 async def test_a_redirect_to_a_refused_name_ends_at_once_and_the_log_names_the_rule(listed, internet):

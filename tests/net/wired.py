@@ -32,7 +32,7 @@ class Guest:
         return done.stdout + done.stderr
 
     def start(self, code: str, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(self.command(code, *words), stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(self.command(code, *words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @contextmanager

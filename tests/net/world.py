@@ -19,6 +19,7 @@ from pathlib import Path
 import dns.flags
 import dns.message
 import dns.rcode
+import dns.rdatatype
 import dns.rrset
 
 FOLDER = Path(sys.argv[1])
@@ -123,8 +124,8 @@ class Names(socketserver.BaseRequestHandler):
             owner, records = dns.name.from_text(records), zone.get(records)
         if records is None:
             said.set_rcode(dns.rcode.NXDOMAIN)
-        elif int(kind) == 1:
-            said.answer.append(dns.rrset.from_text(owner, 0, "IN", "A", *records))
+        elif found := [one for one in records if (":" in one) == (int(kind) == 28)] if int(kind) in (1, 28) else []:
+            said.answer.append(dns.rrset.from_text(owner, 0, "IN", dns.rdatatype.to_text(kind), *found))
         sock.sendto(said.to_wire(), self.client_address)
 
 

@@ -204,12 +204,12 @@ def _said(request: h11.Request) -> list[str]:
     hosts = [value.decode("latin-1") for key, value in request.headers if key == b"host"]
     if request.method == b"CONNECT":
         return [target, *hosts]
+    if not hosts:
+        raise Refused("no_name")
     if (absolute := ABSOLUTE.fullmatch(target)) is not None:
         return [absolute[1], *hosts]
     if not target.startswith("/") and target != "*":
         raise Refused("not_tls_or_http")
-    if not hosts:
-        raise Refused("no_name")
     return hosts
 
 
