@@ -36,10 +36,16 @@ from instavm.errors import (
     SnapshotError,
     UnsupportedOperationError,
 )
+from instavm.node.network.addresses import Host
+from instavm.node.network.decision import Decider
+from instavm.node.network.filter.check import check
+from instavm.node.network.filter.dial import Dialer
+from instavm.node.network.policy import Policy, Registry
 from instavm.sandbox import (
     NOTHING,
     Command,
     Egress,
+    EgressDecision,
     EgressLog,
     Ended,
     EndReason,
@@ -52,6 +58,7 @@ from instavm.sandbox import (
     Pull,
     Pulled,
     SandboxSpec,
+    Seen,
     Started,
     Stored,
     StoredFile,
@@ -112,6 +119,8 @@ class LocalNode:
         self.places: dict[str, Place] = {}
         self.resting: dict[str, Place] = {}
         self.logs: dict[str, EgressLog] = {}
+        self.refused: tuple[Seen, ...] = ()
+        """What the network is said to have refused to every command."""
         self.booting: dict[str, anyio.Event] = {}
         self.command_came = anyio.Event()
         """For a sandbox that was still coming up."""
@@ -176,7 +185,7 @@ class LocalNode:
         except TimeoutError:
             took = time.perf_counter() - began
             return Outcome("", "timed out\n", 124, took, 0.0, timed_out=True, reason="timeout")
-        return Outcome(out, err, code, time.perf_counter() - began, 0.0)
+        return Outcome(out, err, code, time.perf_counter() - began, 0.0, refused=self.refused)
 
     async def stop(self, vm_id: str) -> None:
         self.stopped.append(vm_id)
@@ -193,6 +202,14 @@ class LocalNode:
 
     async def ask_registries(self, vm_id: str) -> None:
         self._place(vm_id)
+
+    async def check_egress(
+        self, vm_id: str | None, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> EgressDecision:
+        """As the filter does it, in this process."""
+        policy = egress if egress is not None else self._place(vm_id or "").egress
+        decider = Decider(Policy(policy, [Registry("index.test")]), Host(), frozenset())
+        return await check(decider, Dialer((), None), host, port, protocol)
 
     async def egress_log(self, vm_id: str) -> EgressLog:
         if vm_id not in self.logs:

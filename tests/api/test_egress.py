@@ -1,14 +1,18 @@
 """Egress policies over the API: where they are kept, whom they hold for, and what is answered."""
 
+import json
+
 import pytest
 from local_node import open_local_node
 
+from instavm import AsyncInstaVM
+from instavm.cli.app import run
 from instavm.control.accounts import LocalAccounts
 from instavm.control.control import open_control
 from instavm.control.quotas import Policy
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
-from instavm.errors import HostNotReady
+from instavm.errors import HostNotReady, InvalidInput
 from instavm.sandbox import NOTHING, Egress, EgressLog, Seen
 from instavm.wire.sessions import CreateSession
 
@@ -77,6 +81,8 @@ def test_somebody_elses_is_not_there(server, vm, of):
             other.get(path).status_code,
             other.post(path, json={}).status_code,
             other.get(f"{path}/log").status_code,
+            other.get(f"{path}/check", params={"host": "a.test"}).status_code,
+            other.post(f"{path}/check", json={"host": "a.test"}).status_code,
         } == {404}
 
 
@@ -135,6 +141,113 @@ def test_the_records_show_what_is_in_force(server, http):
     http.post("/kill", json={"session_id": made["session_id"]})
     assert http.get(vm).json()["egress_policy"] is None
     assert {one["vm_id"]: one["egress_policy"] for one in http.get("/v1/vms/").json()}[made["vm_id"]] is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "host", "port", "allowed", "rule", "source", "remedy"),
+    [
+        (None, "a.test", 443, False, "no_rule", "default", "--domain a.test"),
+        ({"allowed_domains": ["a.test"]}, "a.test", 22, False, "port", "session", "80 or 443"),
+        ({"allowed_cidrs": ["1.1.1.0/24"]}, "1.1.1.1", 53, True, "cidr", "session", None),
+        ({"allowed_cidrs": ["0.0.0.0/0"]}, "10.1.2.3", 80, False, "private", "special_address", "--cidr 10.1.2.3/32"),
+        ({"allow_https": True}, "::1", 443, False, "no_ipv6", "network", "IPv4"),
+        ({"allow_https": True}, "0x7f.1", 443, False, "bad_name", "network", "plain host name"),
+        ({}, "index.test", 443, False, "no_rule", "session", "--allow-package-managers"),
+    ],
+)
+def test_a_destination_can_be_asked_about_before_anybody_goes_there(
+    http, vm, policy, host, port, allowed, rule, source, remedy
+):
+    if policy is not None:
+        http.post(f"/v1/egress/session/{vm.session_id}", json=policy)
+    said = vm.egress.check(host, port)
+    assert (said.allowed, said.rule, said.source, said.applied) == (allowed, rule, source, True)
+    assert (said.remedy is None) == allowed and (remedy or "") in (said.remedy or "") and said.detail
+    assert said == vm.egress.check(host, port, vm_id=said.vm_id)
+    asked = {"host": host, "port": port}
+    assert http.get(f"/v1/egress/session/{vm.session_id}/check", params=asked).json() == said
+
+
+def test_a_policy_can_be_tried_without_setting_it(vm):
+    tried = {"allow_package_managers": True, "allowed_cidrs": ["10.0.0.0/8"]}
+    said = vm.egress.check("10.0.0.1", 5432, policy=tried)
+    assert (said.allowed, said.rule, said.source, said.applied) == (True, "cidr", "given", False)
+    assert not vm.egress.check("10.0.0.1", 5432).allowed
+
+
+def test_a_policy_of_a_vm_and_a_session_without_a_sandbox_are_told_apart(server, vm):
+    vm.execute("1")
+    vm.egress.set_vm(vm.get_session_info()["vm_id"], allowed_cidrs=["10.0.0.0/8"])
+    assert vm.egress.check("10.0.0.1").source == "vm"
+    vm.egress.set_session(allowed_cidrs=["11.0.0.0/8"])
+    server.portal.call(server.node.crash, vm.get_session_info()["vm_id"])
+    said = vm.egress.check("11.0.0.1")
+    assert (said.allowed, said.source, said.vm_id, said.applied) == (True, "session", None, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"port": 0}, "port"), ({"port": "x"}, "port"), ({"host": ""}, "host"), ({"protocol": "icmp"}, "protocol")],
+)
+def test_a_question_that_cannot_be_meant_is_refused_by_name(http, vm, given, field):
+    answer = http.get(f"/v1/egress/session/{vm.session_id}/check", params={"host": "a.test", **given})
+    assert answer.status_code == 422 and answer.json()["field"] == field
+    if given != {"port": "x"}:
+        with pytest.raises(InvalidInput) as refused:
+            vm.egress.check(**{"host": "a.test", **given})
+        assert refused.value.field == field
+
+
+@pytest.mark.anyio
+async def test_the_same_question_asynchronously(server):
+    async with AsyncInstaVM(server.key, server.url) as vm:
+        assert (await vm.egress.check("a.test")).rule == "no_rule"
+        assert (await vm.egress.check("10.0.0.1", policy={"allowed_cidrs": ["10.0.0.1"]})).allowed
+
+
+def test_a_result_carries_what_was_refused_and_is_explained(server, vm, monkeypatch):
+    assert vm.execute("1").refused == []
+    monkeypatch.setattr(
+        server.node, "refused", (Seen("index.test", None, 53, "dns", False, "no_rule", 3, registry=True),)
+    )
+    done = vm.execute("1")
+    (refused,) = done.refused
+    assert refused == {
+        "name": "index.test",
+        "address": None,
+        "port": 53,
+        "protocol": "dns",
+        "rule": "no_rule",
+        "count": 3,
+        "registry": True,
+    }
+    assert "index.test" in vm.explain(done) and "--allow-package-managers" in vm.explain(done)
+    *_, last = vm.stream("1")
+    assert last.result.refused == done.refused
+
+
+def test_the_command_line_asks_too(server, vm, capsys):
+    def said(*words):
+        code = run(
+            ["egress", "check", *words, "--session", vm.session_id, "--api-key", server.key, "--base-url", server.url]
+        )
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    code, told = said("a.test:80")
+    assert code == 1 and told.startswith("refused a.test tcp/80\nrule: no_rule") and "INSTAVM_EGRESS_DEFAULT" in told
+    vm.set_session_egress(allowed_cidrs=["1.1.1.1"])
+    assert said("1.1.1.1:53", "--udp") == (
+        0,
+        "allowed 1.1.1.1 udp/53\nrule: cidr (allowed_cidrs holds it)\nfrom: the session's policy\n",
+    )
+    assert (
+        "tcp/443" in said("[2001:db8::1]")[1]
+        and "no_ipv6" in said("2001:db8::1")[1]
+        and "tcp/22" in said("[::1]:22")[1]
+    )
+    assert json.loads(said("a.test", "--json")[1])["rule"] == "no_rule"
+    assert said("a.test:x")[1].startswith("Error: port: 'x' is not allowed")
 
 
 @pytest.mark.anyio

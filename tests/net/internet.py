@@ -159,7 +159,7 @@ class Live:
     async def get(self, url, *options):
         """What curl makes of it: the body, or the error's number."""
         words = " ".join(f"'{word}'" for word in options)
-        done = await self.bash(f"curl -sk -m 20 {words} '{url}' || echo curl $?")
+        done = await self.bash(f"curl -skf -m 20 {words} '{url}' || echo curl $?")
         return done.stdout.strip()
 
     async def log(self):

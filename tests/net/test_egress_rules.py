@@ -7,7 +7,7 @@ from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
 
-REFUSED = ("curl 7", "curl 35", "curl 52", "curl 56")
+REFUSED = ("curl 7", "curl 22", "curl 35", "curl 52", "curl 56")
 UNKNOWN = "curl 6"
 
 

@@ -10,7 +10,7 @@ from servers import tidy
 from instavm import InstaVM
 from instavm.errors import InvalidInput, SessionError
 
-CURL = "curl -sk -m 20 {} || echo curl $?"
+CURL = "curl -skf -m 20 {} || echo curl $?"
 
 
 @pytest.fixture(scope="module")

@@ -49,8 +49,11 @@ def _ended(result: Execution) -> str:
 
 
 def _refused(result: Execution) -> Iterator[str]:
-    for one in (result.get("refused") or [])[:1]:
-        more = len(result["refused"]) - 1
+    refused = sorted(
+        result.get("refused") or [], key=lambda one: not one["registry"]
+    )  # most are packages that are missed
+    for one in refused[:1]:
+        more = len(refused) - 1
         others = f" (and {more} more, see result.refused)" if more else ""
         where = f"{one['name'] or one['address']}:{one['port']}"
         what = f"to look up {one['name']}" if one["protocol"] == "dns" else f"a connection to {where}"

@@ -53,3 +53,42 @@ def test_a_result_is_explained_in_one_sentence(more, words):
     told = explain(result(**more))
     assert words in told
     assert told.endswith(".") or "bad" in told
+
+
+REFUSAL = {
+    "name": "index.test",
+    "address": None,
+    "port": 53,
+    "protocol": "dns",
+    "rule": "no_rule",
+    "count": 6,
+    "registry": True,
+}
+ADDRESS = {**REFUSAL, "name": None, "address": "192.0.2.1", "port": 22, "protocol": "tcp", "registry": False}
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        (
+            [REFUSAL],
+            [
+                "Egress refused to look up index.test",
+                "(no_rule)",
+                "allow_package_managers=True",
+                "--allow-package-managers",
+            ],
+        ),
+        ([ADDRESS], ["a connection to 192.0.2.1:22", "allowed_cidrs=['192.0.2.1/32']", "--cidr 192.0.2.1/32"]),
+        ([ADDRESS, REFUSAL], ["index.test (and 1 more, see result.refused)"]),
+        ([{**REFUSAL, "rule": "bad_name", "name": "a\\x00b"}], ["bad_name"]),
+    ],
+)
+def test_what_egress_refused_is_explained_whatever_the_exit_code(refused, words):
+    for code in (0, 1):
+        told = explain(result(exit_code=code, refused=refused))
+        assert all(word in told for word in words), told
+
+
+def test_an_older_server_tells_of_no_refusals():
+    assert explain(result()) == explain(result(refused=[])) == explain(result(refused=None))
