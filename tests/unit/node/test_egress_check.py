@@ -1,6 +1,7 @@
 """What is answered about a destination before anybody goes there: by address, in every spelling, without a sandbox."""
 
 import math
+import socket
 from ipaddress import ip_address
 
 import pytest
@@ -11,7 +12,8 @@ from instavm.node.network.decision import Decider
 from instavm.node.network.filter.check import check
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.policy import Policy, Registry, registry
-from instavm.sandbox import Egress, EgressDecision
+from instavm.node.network.witness import Witness
+from instavm.sandbox import Egress, EgressDecision, Seen
 
 pytestmark = pytest.mark.anyio
 BROAD = (
@@ -101,3 +103,20 @@ async def test_the_answer(egress, host, port, want):
 
 async def test_names_are_reached_over_tcp_alone():
     assert (await ask(Egress(https=True), "a.test", protocol="udp")).rule == "no_rule"
+
+
+def test_what_a_filter_tells_that_is_no_refusal_is_passed_over():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.setblocking(False)
+        with Witness(None, ours).watch() as refusals:
+            for junk in (
+                b"{",
+                b"[]",
+                b"7",
+                b'[["a"],null,1,"tcp","no_rule",false]',
+                b'["a",null,"1","tcp","no_rule",false]',
+            ):
+                theirs.send(junk)
+            theirs.send(b'["a.test",null,53,"dns","no_rule",false]')
+    assert refusals.seen() == (Seen("a.test", None, 53, "dns", False, "no_rule", 1),)

@@ -68,11 +68,24 @@ class Witness:
 
     def _told(self) -> Iterator[Key]:
         for data in _messages(self._filter):
-            name, address, port, protocol, rule, registry = json.loads(data)
-            yield name, address, port, protocol, rule, registry
+            yield from _key(data)
         for data in _messages(self._kernel) if self._kernel is not None else ():
             for address, port, protocol in kernel_log.read(data):
                 yield None, address, port, protocol, "no_rule", False
+
+
+def _key(data: bytes) -> Iterator[Key]:
+    """Out of a message of the filter, which parses what hostile guests send: what is no such message is nobody's business."""
+    try:
+        name, address, port, protocol, rule, registry = json.loads(data)
+    except (ValueError, TypeError):
+        return
+    texts = all(
+        isinstance(one, str)
+        for one in (protocol, rule, "" if name is None else name, "" if address is None else address)
+    )
+    if texts and isinstance(port, int) and isinstance(registry, bool):
+        yield name, address, port, protocol, rule, registry
 
 
 def _messages(line: socket.socket) -> Iterator[bytes]:
