@@ -119,8 +119,8 @@ async def test_an_api_that_was_broken_into_stays_in_its_jail(own, outside, monke
         (folder / "disk.qcow2").write_text("its own")
         out, into = os.pipe()
 
-        def spawned(command, descriptors):
-            return subprocess.Popen(command, pass_fds=descriptors, stdout=into)
+        def spawned(command, descriptors, stdin):
+            return subprocess.Popen(command, stdin=stdin, pass_fds=descriptors, stdout=into)
 
         monkeypatch.setattr(confined, "spawned", spawned)
         process, _ = around.start([sys.executable, "-I", "-S", str(PROGRAM), json.dumps(there)], given)

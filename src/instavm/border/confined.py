@@ -23,7 +23,7 @@ from typing import Final
 
 import instavm
 from instavm.errors import HostNotReady
-from instavm.node.jail import bubblewrap, seccomp
+from instavm.node.jail import bubblewrap, gate, seccomp
 from instavm.node.jail.bubblewrap import Walls
 from instavm.node.jail.jail import UID_LOCKS, end, readable, require
 from instavm.node.jail.uids import Uids
@@ -45,29 +45,26 @@ class Confinement:
 
         command: a Python and its arguments; files that they name can be read. Raises HostNotReady.
         """
-        heard, says = os.pipe()
-        waits, go = os.pipe()
-        with os.fdopen(heard, "rb") as hears, os.fdopen(go, "wb", 0) as goes:
-            try:
-                with readable(seccomp.program(seccomp.API)) as filter_fd:
-                    told = {"says": says, "go": waits, "seccomp": filter_fd}
-                    jailed = [*bubblewrap.arguments(self._walls(command), **told), *command]
-                    process = spawned(jailed, (*descriptors, *told.values()))
-            finally:
-                os.close(says)
-                os.close(waits)
-            if not (said := hears.read()):
-                process.wait()
-                raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail for the API")
-            pid = bubblewrap.pid_in(said)
+        with gate.pipe() as go, gate.pipe(never_breaks=True) as says:
+            with readable(seccomp.program(seccomp.API)) as filter_fd:
+                arguments = bubblewrap.arguments(self._walls(command), says=says.writes, seccomp=filter_fd)
+                given = (*descriptors, says.writes, filter_fd)
+                process = spawned(gate.held([*arguments, *command]), given, stdin=go.reads)
+            go.close_reads()
+            says.close_writes()
             try:
                 for limit, value in LIMITS.items():
-                    resource.prlimit(pid, limit, (value, value))
+                    resource.prlimit(process.pid, limit, (value, value))
             except OSError as exc:
-                end(process, pid)
+                end(process)
                 raise HostNotReady(f"the API's process can't be confined: {exc}") from exc
-            goes.write(b"!")
-        return process, pid
+            os.write(go.writes, gate.GO)
+            with os.fdopen(os.dup(says.reads), "rb") as hears:
+                said = hears.read()
+        if not said:
+            process.wait()
+            raise HostNotReady(f"{bubblewrap.BINARY} could not make a jail for the API")
+        return process, bubblewrap.pid_in(said)
 
     def _walls(self, command: Sequence[str]) -> Walls:
         python, *arguments = command
@@ -82,9 +79,11 @@ class Confinement:
         )
 
 
-def spawned(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+def spawned(
+    command: Sequence[str], descriptors: Sequence[int], stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     """In a session of its own, so that a Ctrl-C at the server's terminal does not reach it."""
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=descriptors, start_new_session=True)
+    return subprocess.Popen(command, stdin=stdin, pass_fds=descriptors, start_new_session=True)
 
 
 @contextmanager

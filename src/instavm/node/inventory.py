@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from instavm.node.jail.cgroups import Cgroups
+from instavm.node.jail.gate import is_held
 from instavm.node.jail.jailer import JAIL_OPTION, find_root
 
 _ROOT = Path("/")
@@ -41,11 +42,16 @@ def vmm_processes(folder: Path, kinds: tuple[str, ...] = VMMS) -> Iterator[psuti
     """VMM processes whose disk lies under `folder`: known by what they run on, not by a number written down somewhere."""
     for process in psutil.process_iter():
         try:
-            wanted = _program(process.pid).startswith(kinds) or (kinds != VMMS and JAIL_OPTION in process.cmdline())
+            wanted = _program(process.pid).startswith(kinds) or (kinds != VMMS and _becomes_a_jail(process.cmdline()))
             if wanted and _place(process, folder) is not None:
                 yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess, OSError):
             continue
+
+
+def _becomes_a_jail(command: list[str]) -> bool:
+    """Whether a process is a step on the way to a VMM that is neither its jailer nor the VMM yet."""
+    return JAIL_OPTION in command or is_held(command)
 
 
 def _program(pid: int) -> str:

@@ -23,7 +23,7 @@ V1 = """
 
 
 def arguments(**more):
-    return bubblewrap.arguments(Walls("/usr/bin/qemu", Path("/state/m1"), **more), says=3, go=4, seccomp=5)
+    return bubblewrap.arguments(Walls("/usr/bin/qemu", Path("/state/m1"), **more), says=3, seccomp=5)
 
 
 def test_as_root_the_vmm_gets_a_uid_of_its_own_and_loses_every_right():

@@ -1,7 +1,7 @@
 """The jail's walls, by bubblewrap: what a program is started with, and how its number on the host is learnt.
 
-A pure list of arguments, and one function that waits for bubblewrap to say that the walls stand. The program is held in
-front of its first instruction until it is let go, so that limits are in force before there is anything to limit.
+A pure list of arguments, and one function that waits for bubblewrap to say that the walls stand. Limits are in force before
+bubblewrap itself begins (`gate.py`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Walls:
     """Files that it sees, to read, at another place than the host has them."""
 
 
-def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -> list[str]:
+def arguments(walls: Walls, *, says: int, seccomp: int) -> list[str]:
     """bubblewrap's and setpriv's part of a command line; the program and its own arguments follow.
 
-    says, seccomp, go: descriptors: where the number of the process is told, its filter, what it waits for, if for anything.
+    says, seccomp: descriptors: where the number of the process is told, in a pipe that never breaks, and its filter.
     """
     files = PROGRAM_FILES if walls.files is None else walls.files
     seen = [*files, walls.program, *([] if walls.uid is None else [SETPRIV])]
@@ -80,7 +80,7 @@ def arguments(walls: Walls, *, says: int, seccomp: int, go: int | None = None) -
         *(argument for place, target in LINKS.items() for argument in ("--symlink", target, place)),
         *(("--bind", *home, *home) if home else ()),
         *("--proc", "/proc", "--remount-ro", "/", "--chdir", "/"),
-        *("--info-fd", str(says), *(() if go is None else ("--block-fd", str(go))), "--seccomp", str(seccomp), "--"),
+        *("--info-fd", str(says), "--seccomp", str(seccomp), "--"),
         *_without_rights(walls),
     ]
 

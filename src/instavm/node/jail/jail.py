@@ -12,7 +12,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import anyio
 
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node import precedence
-from instavm.node.jail import bubblewrap, seccomp
+from instavm.node.jail import bubblewrap, gate, seccomp
 from instavm.node.jail.bubblewrap import Walls
 from instavm.node.jail.cgroups import TASKS, Cgroups, Limits
 from instavm.node.jail.uids import Uids
@@ -188,40 +187,41 @@ class Jails:
     async def enter(self, cage: Cage, argv: Sequence[str], needs: Needs, output: int) -> Jailed:
         """Run a program in a cage. Raises HostNotReady, BootFailed; it has ended then."""
         walls = Walls(argv[0], needs.home, cage.uid, *_kvm(needs), placed=needs.placed)
-        said, say = socket.socketpair()
-        waits, go = socket.socketpair()
-        with said, say, waits, go:
+        with gate.pipe() as go, gate.pipe(never_breaks=True) as says:
             with readable(seccomp.program(needs.calls)) as filter_fd:
-                told = {"says": say.fileno(), "go": waits.fileno(), "seccomp": filter_fd}
-                command = [*bubblewrap.arguments(walls, **told), *argv]
-                popen = spawn(command, (*needs.descriptors, *told.values()), output)
-            say.close()
-            waits.close()
-            return await self.release(popen, cage, lambda: bubblewrap.told_pid(said.fileno()), lambda: go.sendall(b"!"))
+                command = [*bubblewrap.arguments(walls, says=says.writes, seccomp=filter_fd), *argv]
+                given = (*needs.descriptors, says.writes, filter_fd)
+                popen = spawn(gate.held(command), given, output, stdin=go.reads)
+            go.close_reads()
+            says.close_writes()
 
-    async def release(
-        self, popen: subprocess.Popen[bytes], cage: Cage, told: Callable[[], Awaitable[int]], go: Callable[[], object]
-    ) -> Jailed:
-        """Have a program that waits in its jail begin, once its limits are in force. Whatever fails ends it.
+            async def begin() -> int:
+                await self.confine(cage, popen.pid)
+                os.write(go.writes, gate.GO)
+                return await bubblewrap.told_pid(says.reads)
 
-        told: waits for its number on this host. go: what it waits for. Raises HostNotReady, BootFailed.
+            return await self.begun(popen, cage, begin)
+
+    async def begun(self, popen: subprocess.Popen[bytes], cage: Cage, begin: Callable[[], Awaitable[int]]) -> Jailed:
+        """Have a program that waits begin in its cage. Whatever fails ends it, and all that it started.
+
+        begin: confines it, lets it go, and returns its number on this host. Raises HostNotReady, BootFailed.
         """
-        pid = None
         try:
             with anyio.fail_after(WALLS_S):
-                pid = await told()
-            await anyio.to_thread.run_sync(self._confine, cage, pid)
-            go()
+                return Jailed(await begin(), popen, cage)
         except BaseException as exc:
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(end, popen, pid)
+                await anyio.to_thread.run_sync(end, popen)
             if isinstance(exc, TimeoutError):
                 raise HostNotReady(f"no jail was made within {WALLS_S:.0f} s") from exc
             raise
-        return Jailed(pid, popen, cage)
+
+    async def confine(self, cage: Cage, pid: int) -> None:
+        """Put a process that has not begun yet, and all that it starts, within its limits. Raises HostNotReady, BootFailed."""
+        await anyio.to_thread.run_sync(self._confine, cage, pid)
 
     def _confine(self, cage: Cage, pid: int) -> None:
-        """Limits for a process that has not begun yet."""
         precedence.like_everybody(pid)
         try:
             if self.cgroups is not None:
@@ -262,13 +262,12 @@ def check(settings: Settings) -> str:
     require("VMMs")
     uid = settings.jail_uid_first if os.geteuid() == 0 else None
     walls = Walls(bubblewrap.SETPRIV, None, uid)
-    says, says_end = os.pipe()
     try:
-        with readable(seccomp.program()) as filter_fd, readable(b"!") as go:
-            command = bubblewrap.arguments(walls, says=says_end, go=go, seccomp=filter_fd)
+        with readable(seccomp.program()) as filter_fd, gate.pipe(never_breaks=True) as says:
+            command = bubblewrap.arguments(walls, says=says.writes, seccomp=filter_fd)
             tried = subprocess.run(
                 [*command, bubblewrap.SETPRIV, "--version"],
-                pass_fds=(says_end, go, filter_fd),
+                pass_fds=(says.writes, filter_fd),
                 capture_output=True,
                 text=True,
                 timeout=WALLS_S,
@@ -276,9 +275,6 @@ def check(settings: Settings) -> str:
             )
     except (OSError, subprocess.SubprocessError) as exc:
         raise HostNotReady(f"{bubblewrap.BINARY} can't be started: {exc}") from exc
-    finally:
-        os.close(says)
-        os.close(says_end)
     if tried.returncode:
         raise HostNotReady(
             f"{bubblewrap.BINARY} can't make a jail here: {tried.stderr.strip()[:300]}. VMMs need namespaces of their own"
@@ -326,12 +322,14 @@ def spawn(
     )
 
 
-def end(popen: subprocess.Popen[bytes], pid: int | None) -> None:
-    """A process that has just been started, and what it started."""
+def end(popen: subprocess.Popen[bytes], pid: int | None = None) -> None:
+    """End what `spawn` started with all that it started, of which `pid` may have left its group. Twice is fine."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    popen.kill()
+    if popen.returncode is None:  # nobody has reaped it, so the number is still its group's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()
 
 

@@ -127,7 +127,14 @@ async def start(jails: Jails, cage: Cage, cell: Cell, output: int) -> Jailed:
         command = arguments(cell, cage.uid, jails.rlimits(True))
         popen = spawn(command, cell.given, output, theirs.fileno())
         theirs.close()
-        return await jails.release(popen, cage, lambda: _told_pid(ours), lambda: ours.send(b"go\n"))
+
+        async def begin() -> int:
+            pid = await _told_pid(ours)
+            await jails.confine(cage, pid)
+            ours.send(b"go\n")
+            return pid
+
+        return await jails.begun(popen, cage, begin)
 
 
 def _furnish(cell: Cell, uid: int) -> None:

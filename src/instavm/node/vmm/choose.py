@@ -27,6 +27,7 @@ RECORD: Final = "probe.json"
 UP: Final = b"instavm.probe: up"
 """What the guest's init says, told to, before anything else."""
 MEMORY_MIB: Final = 256
+_DIES_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ async def probe(settings: Settings, guest: GuestBase) -> tuple[Finding, ...]:
 async def boots(name: str, command: Sequence[str], settings: Settings) -> Finding:
     """Boot our kernel until its init speaks, or the deadline passes."""
     began, said = monotonic(), b""
-    async with await anyio.open_process(command, stdin=None, stderr=-2) as process:
+    async with await anyio.open_process([*_DIES_WITH_US, *command], stdin=None, stderr=-2) as process:
         assert process.stdout is not None
         with anyio.move_on_after(settings.probe_timeout_s) as waited:
             async for piece in process.stdout:
