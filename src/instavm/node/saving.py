@@ -223,7 +223,7 @@ class Saving:
             sha256={},
             template=template.key,
             template_digest=_template_digest(template),
-            vmm=self._driver.fingerprint(),
+            vmm=self._driver.fingerprint(spec.hardware),
             cpu=self._driver.processor(),
             guest=template.guest,
             system=str(spec.system),

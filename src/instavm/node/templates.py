@@ -142,7 +142,11 @@ class Templates:
                 await anyio.to_thread.run_sync(verify, folder)
                 told = json.loads((folder / DESCRIPTION).read_text())
                 kernel, initrd, system = (Path(told[name]) for name in ("kernel", "initrd", "system"))
-                spec = MachineSpec(kernel, initrd, system, told["vcpus"], told["memory_mib"], network=told["network"])
+                spec = MachineSpec(
+                    *(kernel, initrd, system, told["vcpus"], told["memory_mib"]),
+                    network=told["network"],
+                    hardware=told.get("hardware", 1),
+                )
                 self._verified[key] = Template(
                     key,
                     folder,
@@ -340,6 +344,7 @@ def _seal(folder: Path, template: Template, registries: tuple[Registry, ...]) ->
         "guest": template.guest,
         "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "network": spec.network,
+        "hardware": spec.hardware,
         "registries": to_json(registries),
         "sha256": {name: digest(folder / name) for name in names},
     }

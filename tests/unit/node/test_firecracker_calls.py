@@ -1,5 +1,6 @@
 """What Firecracker is told is a pure function of the spec, and what it is started in one of its cell."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,19 +83,38 @@ def test_a_firecracker_that_is_too_old_or_without_its_jailer_is_named(tmp_path):
         firecracker.installed_version(settings)
 
 
-@pytest.mark.parametrize("wanted", [None, "T2A"])
-def test_a_cpu_template_of_firecrackers_own_is_told_with_the_size(wanted):
-    made = firecracker.calls(SPEC, {}, None, CpuTemplate.of(wanted))
-    told = {path: body for _, path, body in made}
-    assert told["/machine-config"].get("cpu_template") == wanted and "/cpu-config" not in told
+def test_a_cpu_template_of_firecrackers_own_is_told_with_the_size():
+    told = {path: body for _, path, body in firecracker.calls(SPEC, {}, None, CpuTemplate.of("T2A"))}
+    assert told["/machine-config"]["cpu_template"] == "T2A" and "/cpu-config" not in told
 
 
-def test_a_cpu_template_of_the_operators_is_told_as_it_is_and_before_the_start(tmp_path):
+def test_without_a_cpu_template_all_but_virtualization_is_shown():
+    told = {path: body for _, path, body in firecracker.calls(SPEC, {}, None, None)}
+    assert "cpu_template" not in told["/machine-config"]
+    assert cleared(told["/cpu-config"]) == {(0x1, "ecx", 5), (0x80000001, "ecx", 2)}
+
+
+def test_a_cpu_template_of_the_operators_is_told_before_the_start_with_virtualization_cleared(tmp_path):
     file = tmp_path / "template.json"
-    file.write_text('{"cpuid_modifiers": [], "msr_modifiers": []}')
+    own = {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [{"register": "ecx", "bitmap": "0b1xxx_x1xx"}]}
+    file.write_text(json.dumps({"cpuid_modifiers": [own], "msr_modifiers": []}))
     told = [(path, body) for _, path, body in firecracker.calls(SPEC, {}, None, CpuTemplate.of(str(file)))]
-    assert ("/cpu-config", {"cpuid_modifiers": [], "msr_modifiers": []}) in told
     assert all("cpu_template" not in body for _, body in told)
+    (shown,) = (body for path, body in told if path == "/cpu-config")
+    assert cleared(shown) == {(0x1, "ecx", 5), (0x80000001, "ecx", 2)}
+    first = shown["cpuid_modifiers"][0]["modifiers"][0]["bitmap"]
+    assert first == "0b" + "x" * 24 + "1x0xx1xx" and shown["msr_modifiers"] == []
+
+
+def cleared(template):
+    """Leaf, register and bit of all that a CPU template sets to 0."""
+    return {
+        (int(leaf["leaf"], 0), one["register"], 31 - at)
+        for leaf in template["cpuid_modifiers"]
+        for one in leaf["modifiers"]
+        for at, bit in enumerate(one["bitmap"].removeprefix("0b"))
+        if bit == "0"
+    }
 
 
 def test_a_state_that_was_saved_under_a_cpu_template_depends_on_it_and_not_on_the_host(tmp_path):

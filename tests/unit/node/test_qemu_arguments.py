@@ -21,6 +21,29 @@ def test_the_machine_has_the_size_that_was_asked_for(acceleration, cpu):
     assert arguments[arguments.index("-cpu") + 1].startswith(cpu)
 
 
+@pytest.mark.parametrize("acceleration", ["kvm", "tcg"])
+def test_no_guest_is_given_virtualization_but_one_of_the_first_revision(acceleration):
+    """What was saved by a version that gave it still needs the processor that its kernel has seen."""
+    arguments = qemu.machine(SPEC, acceleration)
+    assert arguments[arguments.index("-cpu") + 1].endswith(",svm=off,vmx=off")
+    former = qemu.machine(replace(SPEC, hardware=1), acceleration)
+    assert former[former.index("-cpu") + 1] == {"kvm": "host", "tcg": "max,la57=off"}[acceleration]
+
+
+@pytest.mark.parametrize("hardware", [1, 2])
+def test_no_disk_passes_scsi_requests_on(hardware):
+    given = qemu.Descriptors(qmp=10, agent=11, system=12, layers=(13, 14))
+    arguments = qemu.disks(replace(SPEC, hardware=hardware), Path("/home/disk.qcow2"), LAYERS, given)
+    devices = [arguments[at + 1] for at, flag in enumerate(arguments) if flag == "-device"]
+    assert len(devices) == 2 and all("scsi=off" in one for one in devices)
+
+
+def test_a_revision_of_the_hardware_is_part_of_what_a_state_depends_on():
+    driver = qemu.QemuDriver("tcg", None)
+    assert driver.fingerprint() == driver.fingerprint(2) != driver.fingerprint(1)
+    assert "svm" not in driver.fingerprint(1)
+
+
 def test_only_a_template_being_made_writes_to_the_memory_file():
     """A restored machine maps it copy-on-write: its pages are shared until it writes them, and then they are its own."""
     assert "share=on" in qemu.memory(SPEC, "/m", share=True)[1]
@@ -29,7 +52,7 @@ def test_only_a_template_being_made_writes_to_the_memory_file():
 
 def test_the_system_disk_is_read_only_and_the_users_disk_is_an_overlay():
     given = qemu.Descriptors(qmp=10, agent=11, system=12, layers=(13, 14))
-    arguments = qemu.disks(Path("/home/disk.qcow2"), LAYERS, given)
+    arguments = qemu.disks(SPEC, Path("/home/disk.qcow2"), LAYERS, given)
     added = [arguments[at + 1] for at, flag in enumerate(arguments) if flag == "-add-fd"]
     assert added == ["fd=12,set=1", "fd=13,set=2", "fd=14,set=3"]
     system, root = (arguments[at + 1] for at, flag in enumerate(arguments) if flag == "-drive")
@@ -40,7 +63,7 @@ def test_the_system_disk_is_read_only_and_the_users_disk_is_an_overlay():
 def test_the_layers_of_a_disk_are_named_by_us_and_not_by_the_disk():
     """A disk says which file it is an overlay of; a hostile one may say anything, and nobody asks it."""
     given = qemu.Descriptors(qmp=10, agent=11, system=12, layers=(13, 14))
-    root = next(one for one in qemu.disks(Path("/disk"), LAYERS, given) if "id=root" in one)
+    root = next(one for one in qemu.disks(SPEC, Path("/disk"), LAYERS, given) if "id=root" in one)
     assert ",backing.driver=qcow2,backing.node-name=layer-" in root
     assert ",backing.file.driver=file,backing.file.filename=/dev/fdset/2," in root
     assert ",backing.backing.driver=raw,backing.backing.node-name=layer-" in root

@@ -11,6 +11,15 @@ from anyio.abc import ByteStream
 from instavm.sandbox import Tier
 
 
+HARDWARE = 2
+"""The present revision of the virtual hardware. A state can only be loaded into a machine of the revision that it was saved on.
+
+1: versions without a number in a template's description. Guests see the processor's virtualization extensions, and disks
+take more kinds of requests. Such machines can still be restored; new ones are never made.
+2: no virtualization extensions; disks that do no more than read, write, flush and discard.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
     """What a machine is made of. Machines with equal specs can be restored from each other's saved state."""
@@ -23,6 +32,7 @@ class MachineSpec:
     memory_mib: int
     network: bool = False
     """Whether it has a network device."""
+    hardware: int = HARDWARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +129,8 @@ class Driver(Protocol):
         """Give back what it holds for all machines. Those that run go on."""
         ...
 
-    def fingerprint(self) -> str:
-        """Everything about this driver that a saved state depends on."""
+    def fingerprint(self, hardware: int = HARDWARE) -> str:
+        """Everything about this driver that a saved state of this revision of the hardware depends on."""
         ...
 
     def processor(self) -> str:

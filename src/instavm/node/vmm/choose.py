@@ -130,7 +130,7 @@ async def boots(name: str, command: Sequence[str], settings: Settings) -> Findin
 
 def qemu_command(guest: GuestBase, acceleration: str) -> list[str]:
     return [
-        *(qemu.BINARY, "-M", "microvm,rtc=on", "-accel", acceleration, "-cpu", qemu.CPU[acceleration]),
+        *(qemu.BINARY, "-M", "microvm,rtc=on", "-accel", acceleration, "-cpu", qemu.cpu(acceleration)),
         *(
             "-m",
             f"{MEMORY_MIB}M",

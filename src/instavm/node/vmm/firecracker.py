@@ -27,7 +27,7 @@ from instavm.node.jail.jailer import Cell
 from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.network.space import TUNGETDEVNETNS
 from instavm.node.vmm import pages, processor
-from instavm.node.vmm.base import MachineSpec, Saved
+from instavm.node.vmm.base import HARDWARE, MachineSpec, Saved
 from instavm.node.vmm.disk_server import DiskServer, open_fuse
 from instavm.node.vmm.firecracker_api import Api
 from instavm.node.vmm.process import OneProcess, VMMProcess
@@ -68,8 +68,8 @@ def calls(
         machine["cpu_template"] = template.name
     boot = {"kernel_image_path": "/kernel", "initrd_path": "/initrd", "boot_args": KERNEL_ARGUMENTS}
     yield "PUT", "/machine-config", machine
-    if template is not None and template.custom is not None:
-        yield "PUT", "/cpu-config", template.custom
+    if template is None or template.custom is not None:
+        yield "PUT", "/cpu-config", processor.without_virtualization(None if template is None else template.custom)
     yield "PUT", "/boot-source", boot
     yield "PUT", "/drives/system", drive("system", "/system", read_only=True)
     yield "PUT", "/drives/root", {**drive("root", "/disk", read_only=False), "rate_limiter": limits}
@@ -232,9 +232,10 @@ class FirecrackerDriver:
             self._version = await anyio.to_thread.run_sync(installed_version, self._settings)
         return self._version
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, hardware: int = HARDWARE) -> str:
         template = "" if self._template is None else f" CPU template {self._template.name}"
-        return f"{self.name} {self._version} {KERNEL_ARGUMENTS}{template}"
+        seen = "" if hardware == 1 else f" hardware {hardware}"
+        return f"{self.name} {self._version} {KERNEL_ARGUMENTS}{template}{seen}"
 
     def processor(self) -> str:
         return processor.host() if self._template is None else self._template.shown()

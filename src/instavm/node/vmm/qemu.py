@@ -20,7 +20,7 @@ from instavm.errors import BootFailed, HostNotReady
 from instavm.node.jail.jail import Jails, Needs
 from instavm.node.network.addresses import GUEST_MAC
 from instavm.node.vmm import blocks, pages, processor, tsc
-from instavm.node.vmm.base import MachineSpec, Saved
+from instavm.node.vmm.base import HARDWARE, MachineSpec, Saved
 from instavm.node.vmm.line import Line
 from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.monitor import Monitor, listening
@@ -35,7 +35,12 @@ STOPPED = "-S"
 TRANSLATION_CACHE_MIB = 64
 CONSOLE_BYTES = 1 << 16
 
-CPU = {"kvm": "host", "tcg": "max,la57=off"}
+CPU = {"kvm": "host,svm=off,vmx=off", "tcg": "max,la57=off,svm=off,vmx=off"}
+"""No virtualization within the guest: a processor's emulation of it is where most holes of KVM are, and nobody needs it."""
+CPU_OF_REVISION_1 = {"kvm": "host", "tcg": "max,la57=off"}
+SYSTEM_DEVICE = "virtio-blk-device,drive=system,scsi=off,config-wce=off,discard=off,write-zeroes=off"
+ROOT_DEVICE = "virtio-blk-device,drive=root,scsi=off,config-wce=off,discard=on,write-zeroes=off"
+"""All that a guest can ask of its disks is said outright. discard: what its `fstrim` gives back is the host's again."""
 ACCELERATOR = {"kvm": "kvm", "tcg": f"tcg,thread=multi,tb-size={TRANSLATION_CACHE_MIB}"}
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet reboot=t panic=-1 mitigations=off no_timer_check "
@@ -71,11 +76,16 @@ class Descriptors:
         return tuple(fd for fd in given if fd is not None)
 
 
+def cpu(acceleration: str, hardware: int = HARDWARE) -> str:
+    return (CPU_OF_REVISION_1 if hardware == 1 else CPU)[acceleration]
+
+
 def machine(spec: MachineSpec, acceleration: str) -> list[str]:
     return [
-        *("-M", "microvm,rtc=on,usb=off,suppress-vmdesc=on,memory-backend=ram"),
+        # guests' memory is not offered to the host's search for equal pages, which tells others what is in them
+        *("-M", "microvm,rtc=on,usb=off,suppress-vmdesc=on,memory-backend=ram,mem-merge=off,dump-guest-core=off"),
         *("-accel", ACCELERATOR[acceleration]),
-        *("-cpu", CPU[acceleration]),
+        *("-cpu", cpu(acceleration, spec.hardware)),
         *("-smp", str(spec.vcpus)),
         *("-m", f"{spec.memory_mib}M"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
@@ -90,14 +100,18 @@ def memory(spec: MachineSpec, file: str, *, share: bool) -> list[str]:
     return ["-object", f"memory-backend-file,id=ram,size={size},mem-path={file},share={flag}"]
 
 
-def disks(root: Path, layers: Sequence[Path], given: Descriptors) -> list[str]:
+def disks(spec: MachineSpec, root: Path, layers: Sequence[Path], given: Descriptors) -> list[str]:
     """The system image, and the root disk: an overlay in the machine's folder on `layers`, which are only read."""
+    if spec.hardware == 1:
+        system_device, root_device = "virtio-blk-device,drive=system,scsi=off", "virtio-blk-device,drive=root,scsi=off"
+    else:
+        system_device, root_device = SYSTEM_DEVICE, ROOT_DEVICE
     return [
         *blocks.added((given.system, *given.layers)),
         *("-drive", "if=none,id=system,file=/dev/fdset/1,format=raw,readonly=on,file.locking=off"),
-        *("-device", "virtio-blk-device,drive=system"),
+        *("-device", system_device),
         *blocks.root_drive(root, layers, 2),
-        *("-device", "virtio-blk-device,drive=root"),
+        *("-device", root_device),
     ]
 
 
@@ -233,10 +247,11 @@ class QemuDriver:
             self._version = await anyio.to_thread.run_sync(installed_version)
         return self._version
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, hardware: int = HARDWARE) -> str:
         kind = self._acceleration
         kernel = KERNEL_ARGUMENTS + TIER_ARGUMENTS[kind]
-        return f"{self.name} {self._version} {ACCELERATOR[kind]} {CPU[kind]} {kernel} {STATE_FORMAT}"
+        devices = "" if hardware == 1 else f" {SYSTEM_DEVICE} {ROOT_DEVICE}"
+        return f"{self.name} {self._version} {ACCELERATOR[kind]} {cpu(kind, hardware)} {kernel} {STATE_FORMAT}{devices}"
 
     def processor(self) -> str:
         return processor.host()
@@ -253,7 +268,7 @@ class QemuDriver:
             arguments = [
                 *machine(saved.spec, self._acceleration),
                 *memory(saved.spec, str(saved.memory), share=True),
-                *disks(disk, saved.layers, given),
+                *disks(saved.spec, disk, saved.layers, given),
                 *ports(given),
                 *network(saved.spec, tap),
                 *boot_arguments(given, self._acceleration),
@@ -277,7 +292,7 @@ class QemuDriver:
             arguments = [
                 *machine(saved.spec, self._acceleration),
                 *memory(saved.spec, f"/proc/self/fd/{copy}", share=False),
-                *disks(disk, saved.layers, given),
+                *disks(saved.spec, disk, saved.layers, given),
                 *ports(given),
                 *network(saved.spec, tap),
                 *("-incoming", "defer"),
