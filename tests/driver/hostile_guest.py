@@ -49,7 +49,9 @@ os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
 agents = [name for _, name in found if os.path.exists(f"/sys/bus/platform/devices/{name}/virtio2")]
 for name in sorted((name for _, name in found), key=lambda name: name in agents):
     os.write(unbind, name.encode())
-os.write(go, b"!" * len(others))  # from here on nothing else runs: not the agent, which has lost its line, and not its init
+os.write(
+    go, b"!" * len(others)
+)  # from here on nothing else runs: not the agent, which has lost its line, and not its init
 pages = {int(start, 16) & -PAGE: None for start, _ in found}
 for page in pages:
     pages[page] = mmap.mmap(memory, PAGE, offset=page)

@@ -25,7 +25,9 @@ def a_version_before(monkeypatch):
     monkeypatch.setattr(templates, "json", type("Json", (), {"dumps": without, "loads": templates.json.loads}))
 
 
-async def test_it_is_resumed_and_new_sandboxes_have_the_new_hardware(settings, short_folder, monkeypatch, anyio_backend):
+async def test_it_is_resumed_and_new_sandboxes_have_the_new_hardware(
+    settings, short_folder, monkeypatch, anyio_backend
+):
     own = probed.at(settings, short_folder / "former")
     with monkeypatch.context() as patch:
         a_version_before(patch)

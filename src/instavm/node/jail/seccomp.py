@@ -11,6 +11,7 @@ import ctypes
 import errno
 import functools
 import os
+import socket
 import tempfile
 
 from instavm.errors import HostNotReady
@@ -39,9 +40,19 @@ execve setuid setgid setgroups setresuid setresgid setreuid setregid capset
 """The last line is what setpriv needs to become the VMM without rights; without capabilities none of it gains anything,
 and there is no other program in the jail to execute."""
 
+FILTER = ("socketpair", "connect", "bind")
+"""What the egress filter does beyond that, with sockets of `FILTER_FAMILIES`; it makes no other ones."""
+FILTER_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+NOT_THE_FILTER = (
+    *("execve", "setuid", "setgid", "setgroups", "setresuid", "setresgid", "setreuid", "setregid", "capset"),
+    *("unlink", "ftruncate", "fallocate", "copy_file_range", "memfd_create", "accept", "signalfd4"),
+)
+"""What it has no use for: it is what it will be before its list is in force."""
+
 API = ("socketpair", "rename", "renameat", "renameat2", "mkdir", "fchmod")
 """What the API's process does beyond that: its event loop's own wake-up, its log's rotation, SQLite."""
 
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 _ALLOW = 0x7FFF0000
 _KILL = 0x80000000
 _ERRNO = 0x00050000
@@ -61,15 +72,30 @@ class _Compare(ctypes.Structure):
     )
 
 
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
 @functools.cache
-def program(more: tuple[str, ...] = ()) -> bytes:
-    """The filter, as the kernel takes it (struct sock_filter[]). more: calls beyond a VMM's. Raises HostNotReady."""
+def program(
+    more: tuple[str, ...] = (), *, without: tuple[str, ...] = (), families: tuple[socket.AddressFamily, ...] = ()
+) -> bytes:
+    """The filter, as the kernel takes it (struct sock_filter[]).
+
+    more, without: calls that may be made beyond a VMM's, and those of a VMM's that may not. families: of sockets that may be
+    made; a pair of sockets, where `more` has it, can only be of Unix ones. Raises HostNotReady.
+    """
     library = _library()
     context = library.seccomp_init(_ERRNO | errno.EPERM)
     try:
         _check(library.seccomp_attr_set(context, _ACT_BADARCH, _KILL))
         for name in (*_ALLOWED.split(), *more):
-            _rule(library, context, _ALLOW, name)
+            if name == "socketpair":
+                _rule(library, context, _ALLOW, name, _Compare(0, _EQ, socket.AF_UNIX, 0))
+            elif name not in without:
+                _rule(library, context, _ALLOW, name)
+        for family in families:
+            _rule(library, context, _ALLOW, "socket", _Compare(0, _EQ, family, 0))
         # threads, but no namespaces; clone3's flags are out of a filter's sight, without it libc falls back to clone
         _rule(library, context, _ALLOW, "clone", _Compare(0, _MASKED_EQ, _CLONE_NEW, 0))
         _rule(library, context, _ERRNO | errno.ENOSYS, "clone3")
@@ -80,6 +106,14 @@ def program(more: tuple[str, ...] = ()) -> bytes:
             return file.read()
     finally:
         library.seccomp_release(context)
+
+
+def confine(filter_: bytes) -> None:
+    """Put a filter in force for this process, which has one thread and has given up new privileges. Raises OSError."""
+    instructions = ctypes.create_string_buffer(filter_, len(filter_))
+    given = _Program(len(filter_) // 8, ctypes.addressof(instructions))
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(given), 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_SECCOMP)")
 
 
 def _rule(library: ctypes.CDLL, context: int, action: int, name: str, *comparisons: _Compare) -> None:

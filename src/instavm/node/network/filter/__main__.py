@@ -23,6 +23,7 @@ import dns.message
 import dns.rrset
 
 from instavm.node import descriptors
+from instavm.node.jail import seccomp
 from instavm.node.network import policy
 from instavm.node.network.addresses import Host
 from instavm.node.network.decision import Decider
@@ -59,7 +60,7 @@ def _load() -> None:
 
 
 def _drop() -> None:
-    """Be nobody, for good."""
+    """Be nobody, for good, and able to make no sockets but those of the internet. Raises OSError, HostNotReady."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptors.allow_most()
     if os.geteuid() == 0:
@@ -69,6 +70,7 @@ def _drop() -> None:
     for option, value in ((PR_SET_NO_NEW_PRIVS, 1), (PR_SET_PDEATHSIG, signal.SIGKILL)):
         if libc.prctl(option, value, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
+    seccomp.confine(seccomp.program(seccomp.FILTER, without=seccomp.NOT_THE_FILTER, families=seccomp.FILTER_FAMILIES))
 
 
 async def _serve(line: socket.socket) -> None:
