@@ -87,6 +87,8 @@ class Settings(Places):
     """`auto`: Firecracker where it is installed and a guest boots on it, else QEMU."""
     firecracker: Path | None = None
     """The program; None = as found in PATH. Its jailer lies beside it."""
+    known_bad_vmm: Literal["refuse", "allow"] = "refuse"
+    """`allow`: use a Firecracker with a known hole all the same; every isolation report then names the hole."""
     firecracker_cpu_template: str | None = Field(None, pattern=r"^(T2|T2S|T2CL|T2A|C3|V1N1|/.+)$")
     """What Firecracker's guests see of the processor, so that suspended sandboxes resume on hosts with another one of the same
     maker: the name of a template of Firecracker's own, or the path of one in JSON. None = the host's own processor."""

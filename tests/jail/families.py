@@ -1,4 +1,4 @@
-"""Runs in a process that is confined, and tells as JSON which kinds of sockets it can make, and what ended it when it asked otherwise."""
+"""Runs in a process that is confined, and tells as JSON which kinds of sockets it can make."""
 
 import ctypes
 import json
@@ -8,8 +8,8 @@ import socket
 import sys
 
 FAMILIES = {
-    **{"unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "alg": 38, "vsock": 40, "xdp": 44},
-    **{"can": 29, "tipc": 30, "bluetooth": 31, "rds": 21, "key": 15, "kcm": 41, "smc": 43, "qipcrtr": 42},
+    "unix": 1, "inet": 2, "inet6": 10, "netlink": 16, "packet": 17, "alg": 38, "vsock": 40, "xdp": 44,
+    "can": 29, "tipc": 30, "bluetooth": 31, "rds": 21, "key": 15, "kcm": 41, "smc": 43, "qipcrtr": 42,
 }
 INT_80 = bytes.fromhex("b814000000cd80c3")
 """getpid as a 32-bit program asks for it: mov eax, 20; int 0x80; ret"""
@@ -19,6 +19,12 @@ X32 = 0x40000000 + 39
 def made():
     """Families of which a socket can be made, and of which a pair."""
     found = []
+    for protocol in range(1, 23):
+        try:
+            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, protocol)
+        except OSError:
+            continue
+        found.append(f"netlink {protocol}")
     for name, family in FAMILIES.items():
         for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_RAW, socket.SOCK_SEQPACKET):
             for make in (socket.socket, socket.socketpair):

@@ -217,6 +217,10 @@ async def test_the_report_says_what_the_kernel_says_and_is_signed(sandbox, node)
     assert len(process["descriptors"]) == len(list((proc(sandbox) / "fd").iterdir()))
     assert len(report["weaker"]) == 1 and "emulator" in report["weaker"][0]
     assert str(node._settings.state_dir) not in str(process["descriptors"])
+    parts = {part["name"]: part for part in report["parts"]}
+    assert set(parts) == {"VMM", "firmware", "host kernel", "guest kernel"}
+    assert parts["VMM"]["version"] == report["driver_version"] and parts["guest kernel"]["age_days"] >= 0
+    assert report["known_bad_as_of"] >= "2026-11-30"
     with pytest.raises(SignatureError, match="altered"):
         verify({**document, "report": {**told.report, "tier": "kvm"}}, node._signer.public_key)
 

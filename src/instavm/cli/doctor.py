@@ -18,7 +18,7 @@ from instavm.settings import Settings
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Check every precondition. Exit status 1 when something is missing."""
+    """Check every precondition: ok, missing or weaker. Exit status 1 when something must be done before sandboxes start."""
     found = [*_programs(), *_host()]
     if as_json:
         print(json.dumps(found))
@@ -49,14 +49,21 @@ def _host() -> Iterable[dict[str, Any]]:
 
 
 def _check(name: str, ok: bool, detail: str, remedy: str) -> dict[str, Any]:
-    return {"name": name, "ok": ok, "detail": detail, "remedy": "" if ok else remedy}
+    return {
+        "name": name,
+        "ok": ok,
+        "detail": detail,
+        "remedy": "" if ok else remedy,
+        "status": "ok" if ok else "missing",
+    }
 
 
 def _show(found: list[dict[str, Any]]) -> None:
+    """Red is what keeps sandboxes from being started as asked; yellow is what they do without."""
     console = Console(highlight=False)
     for check in found:
-        mark = "[green]ok[/]     " if check["ok"] else "[red]missing[/]"
-        console.print(f"{mark} {check['name']}: ", end="")
+        colour = "red" if not check["ok"] else "green" if check["status"] == "ok" else "yellow"
+        console.print(f"[{colour}]{check['status']:<7}[/] {check['name']}: ", end="")
         console.print(check["detail"], markup=False)
-        if not check["ok"]:
+        if check["status"] != "ok" and check["remedy"]:
             console.print(f"        {check['remedy']}", markup=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,9 +18,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from instavm.errors import HostNotReady, SessionEnded
+from instavm.node import parts
 from instavm.node.jail.bubblewrap import NAMESPACES
 from instavm.node.jail.cgroups import CONTROLLERS, Cgroups
 from instavm.node.network.guard import InForce
+from instavm.node.parts import Part
 from instavm.private import write_key
 from instavm.sandbox import Isolation, NodeInfo, Tier
 from instavm.wire.isolation import signed_bytes
@@ -83,8 +85,11 @@ def report(
     jail: str,
     cgroups: Cgroups | None,
     egress: InForce | None,
+    made_of: Sequence[Part] = (),
 ) -> dict[str, Any]:
-    """What confines process `pid`, which runs `machine`. egress: None: it has no network. Raises SessionEnded: it is gone."""
+    """What confines process `pid`, which runs `machine`. egress: None: it has no network.
+
+    made_of: what there is to confine it with, whose known faults are told. Raises SessionEnded: it is gone."""
     try:
         process = _process(pid)
         groups = {} if cgroups is None else _groups(cgroups, machine, pid)
@@ -103,7 +108,9 @@ def report(
         "limits": groups,
         "egress": None if egress is None else asdict(egress),
     }
-    return {**told, "weaker": list(_weaker(told))}
+    told["parts"] = [part.told() for part in made_of]
+    told["known_bad_as_of"] = parts.as_of()
+    return {**told, "weaker": [*_weaker(told), *parts.worse(made_of)]}
 
 
 def _process(pid: int) -> dict[str, Any]:

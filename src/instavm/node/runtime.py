@@ -17,13 +17,14 @@ import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
 from instavm.errors import (
+    CorruptTemplate,
     HostNotReady,
     InstaVMError,
     IsolationTooWeak,
     NoCapacity,
     SessionEnded,
 )
-from instavm.node import disks, files, inventory, isolation, memory, processes, shares
+from instavm.node import disks, files, inventory, isolation, memory, parts, processes, shares
 from instavm.node.agent import Agent
 from instavm.node.console import last_lines
 from instavm.node.images import oci
@@ -31,9 +32,10 @@ from instavm.node.images.store import ImageStore
 from instavm.node.jail.jail import Jails
 from instavm.node.layers import DEEP, Layers, held
 from instavm.node.live import Sandbox, told
-from instavm.node.machines import Machines, Record, read_record, remove_home
+from instavm.node.machines import Machines, Prepared, Record, read_record, remove_home
 from instavm.node.network.guard import Networks
 from instavm.node.network.policy import Policy
+from instavm.node.parts import Part
 from instavm.node.registries import ask as ask_registries
 from instavm.node.saving import Copy, Saving
 from instavm.node.snapshots import Snapshots
@@ -41,7 +43,7 @@ from instavm.node.starts import Starts
 from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver
-from instavm.node.vmm.choose import choose
+from instavm.node.vmm.choose import choose, program
 from instavm.sandbox import (
     Command,
     Egress,
@@ -169,10 +171,20 @@ class Runtime:
     async def isolation(self, vm_id: str) -> Isolation:
         machine = self._usable(vm_id).prepared
         info = await self.info()
+        made_of = await self._made_of(machine, info)
         egress = None if machine.network is None else await machine.network.in_force()
         about = (vm_id, machine.home.name, machine.machine.pid, info, self._settings.jail, self._jails.cgroups, egress)
-        told = await anyio.to_thread.run_sync(isolation.report, *about)
+        told = await anyio.to_thread.run_sync(isolation.report, *about, made_of)
         return self._signer.sign(told)
+
+    async def _made_of(self, prepared: Prepared, info: NodeInfo) -> list[Part]:
+        """What confines a sandbox, with versions and ages."""
+        try:
+            kernel = (await self._templates.by_key(prepared.template)).saved.spec.kernel
+        except CorruptTemplate:  # its files are gone, which a sandbox that runs does not need
+            kernel = None
+        vmm = (info.driver, program(self._settings, info.driver), info.driver_version)
+        return await anyio.to_thread.run_sync(parts.parts, *vmm, info.tier, kernel)
 
     async def start(self, spec: SandboxSpec) -> Started:
         if not self._driver.tier.satisfies(spec.require_isolation):

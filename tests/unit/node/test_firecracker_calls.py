@@ -83,6 +83,38 @@ def test_a_firecracker_that_is_too_old_or_without_its_jailer_is_named(tmp_path):
         firecracker.installed_version(settings)
 
 
+def installed(folder, version):
+    for name in ("firecracker", "jailer"):
+        (folder / name).write_text(f"#!/bin/sh\necho '{name.title()} v{version}'\n")
+        (folder / name).chmod(0o755)
+    return SETTINGS.model_copy(update={"firecracker": folder / "firecracker"})
+
+
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [
+        *(("1.12.1", "CVE-2026-1386"), ("1.13.1", "CVE-2026-1386.*CVE-2026-5747"), ("1.13.9", "CVE-2026-5747")),
+        *(("1.14.0", "CVE-2026-1386"), ("1.14.3", "CVE-2026-5747"), ("1.15.0", "CVE-2026-5747")),
+    ],
+)
+def test_a_firecracker_with_a_known_hole_is_refused_by_its_name(tmp_path, version, named):
+    settings = installed(tmp_path, version)
+    with pytest.raises(HostNotReady, match=rf"{version} is refused: .*{named}.*1\.14\.4, 1\.15\.1"):
+        firecracker.installed_version(settings)
+    allowed = settings.model_copy(update={"known_bad_vmm": "allow"})
+    assert firecracker.installed_version(allowed) == version
+
+
+@pytest.mark.parametrize("version", ["1.14.4", "1.14.10", "1.15.1", "1.16.1", "2.0.0"])
+def test_a_firecracker_without_one_is_taken(tmp_path, version):
+    assert firecracker.installed_version(installed(tmp_path, version)) == version
+
+
+def test_it_is_never_given_pci_devices():
+    assert not any("pci" in word for word in jailer.arguments(CELL, 1234, {1: 5000, 7: 256}))
+    assert "pci=off" in firecracker.KERNEL_ARGUMENTS
+
+
 def test_a_cpu_template_of_firecrackers_own_is_told_with_the_size():
     told = {path: body for _, path, body in firecracker.calls(SPEC, {}, None, CpuTemplate.of("T2A"))}
     assert told["/machine-config"]["cpu_template"] == "T2A" and "/cpu-config" not in told

@@ -41,8 +41,9 @@ execve setuid setgid setgroups setresuid setresgid setreuid setregid capset
 and there is no other program in the jail to execute."""
 
 FILTER = ("socketpair", "connect", "bind")
-"""What the egress filter does beyond that, with sockets of `FILTER_FAMILIES`; it makes no other ones."""
-FILTER_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+"""What the egress filter does beyond that, with sockets of `FILTER_SOCKETS`; it makes no other ones."""
+FILTER_SOCKETS = ((socket.AF_INET, None), (socket.AF_INET6, None), (socket.AF_NETLINK, socket.NETLINK_ROUTE))
+"""Family, and the only protocol of it if not any. By the last one the kernel tells which addresses are the host's own."""
 NOT_THE_FILTER = (
     *("execve", "setuid", "setgid", "setgroups", "setresuid", "setresgid", "setreuid", "setregid", "capset"),
     *("unlink", "ftruncate", "fallocate", "copy_file_range", "memfd_create", "accept", "signalfd4"),
@@ -78,12 +79,12 @@ class _Program(ctypes.Structure):
 
 @functools.cache
 def program(
-    more: tuple[str, ...] = (), *, without: tuple[str, ...] = (), families: tuple[socket.AddressFamily, ...] = ()
+    more: tuple[str, ...] = (), *, without: tuple[str, ...] = (), sockets: tuple[tuple[int, int | None], ...] = ()
 ) -> bytes:
     """The filter, as the kernel takes it (struct sock_filter[]).
 
-    more, without: calls that may be made beyond a VMM's, and those of a VMM's that may not. families: of sockets that may be
-    made; a pair of sockets, where `more` has it, can only be of Unix ones. Raises HostNotReady.
+    more, without: calls that may be made beyond a VMM's, and those of a VMM's that may not. sockets: that may be made,
+    as `FILTER_SOCKETS`; a pair of sockets, where `more` has it, can only be of Unix ones. Raises HostNotReady.
     """
     library = _library()
     context = library.seccomp_init(_ERRNO | errno.EPERM)
@@ -94,8 +95,9 @@ def program(
                 _rule(library, context, _ALLOW, name, _Compare(0, _EQ, socket.AF_UNIX, 0))
             elif name not in without:
                 _rule(library, context, _ALLOW, name)
-        for family in families:
-            _rule(library, context, _ALLOW, "socket", _Compare(0, _EQ, family, 0))
+        for family, protocol in sockets:
+            only = () if protocol is None else (_Compare(2, _EQ, protocol, 0),)
+            _rule(library, context, _ALLOW, "socket", _Compare(0, _EQ, family, 0), *only)
         # threads, but no namespaces; clone3's flags are out of a filter's sight, without it libc falls back to clone
         _rule(library, context, _ALLOW, "clone", _Compare(0, _MASKED_EQ, _CLONE_NEW, 0))
         _rule(library, context, _ERRNO | errno.ENOSYS, "clone3")

@@ -10,7 +10,6 @@ from anyio.abc import ByteStream
 
 from instavm.sandbox import Tier
 
-
 HARDWARE = 2
 """The present revision of the virtual hardware. A state can only be loaded into a machine of the revision that it was saved on.
 

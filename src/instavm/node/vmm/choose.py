@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ RECORD: Final = "probe.json"
 UP: Final = b"instavm.probe: up"
 """What the guest's init says, told to, before anything else."""
 MEMORY_MIB: Final = 256
+MODULES: Final = Path("/sys/module")
 _DIES_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
@@ -98,6 +100,8 @@ async def _remembered(settings: Settings) -> tuple[Finding, ...]:
 async def probe(settings: Settings, guest: GuestBase) -> tuple[Finding, ...]:
     """Boot a guest on every driver that needs KVM and may be used. Raises HostNotReady: there is no QEMU either."""
     found = []
+    if (refused := _refused_firecracker(settings)) is not None:
+        found.append(Finding("firecracker", False, refused, 0.0))
     if _firecracker_version(settings) is not None:
         with tempfile.TemporaryDirectory() as folder:
             found.append(await boots("firecracker", _firecracker(settings, guest, Path(folder)), settings))
@@ -161,10 +165,40 @@ def _firecracker(settings: Settings, guest: GuestBase, folder: Path) -> list[str
     return [str(program), "--no-api", "--config-file", str(config), "--level", "Error"]
 
 
+def program(settings: Settings, driver: str) -> Path:
+    """Where the VMM of a driver is. Raises HostNotReady."""
+    return firecracker.programs(settings)[0] if driver == "firecracker" else Path(qemu.binary())
+
+
+def nests() -> str | None:
+    """The module of the host's KVM that lets guests run guests of their own, if one does."""
+    for name in ("kvm_intel", "kvm_amd"):
+        with contextlib.suppress(OSError):
+            if (MODULES / name / "parameters" / "nested").read_text().strip() in ("1", "Y"):
+                return name
+    return None
+
+
 def _about(settings: Settings) -> str:
     """What an answer holds for: this kernel since this boot, and these VMMs. Raises HostNotReady."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{platform.release()} {boot} qemu {qemu.installed_version()} firecracker {_firecracker_version(settings)}"
+    other = _firecracker_version(settings) or _refused_firecracker(settings)
+    return f"{platform.release()} {boot} qemu {qemu.installed_version()} firecracker {other}"
+
+
+def _refused_firecracker(settings: Settings) -> str | None:
+    """Why the one that is there, and might be chosen, is not used; None: there is none, or it may be used."""
+    if settings.driver != "auto" or settings.huge_pages == "on":
+        return None
+    try:
+        firecracker.programs(settings)
+    except HostNotReady:
+        return None
+    try:
+        firecracker.installed_version(settings)
+    except HostNotReady as exc:
+        return str(exc)
+    return None
 
 
 def _firecracker_version(settings: Settings) -> str | None:

@@ -21,6 +21,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from instavm.errors import BootFailed, HostNotReady
+from instavm.node import parts
 from instavm.node.jail import jailer
 from instavm.node.jail.jail import Cage, Jailed, Jails, Needs
 from instavm.node.jail.jailer import Cell
@@ -46,6 +47,7 @@ KERNEL_ARGUMENTS: Final = (
 )
 TUNSETPERSIST, TUNGETIFF = 0x400454CB, 0x800454D2  # linux/if_tun.h
 REFILL_MS: Final = 1000
+GOOD: Final = "1.14.4, 1.15.1 and later have none of this (1.16.1 is best: clocks of restored guests are right)"
 HOW_TO_GET: Final = "Take firecracker and jailer from the same upstream release; docs/kvm.md says where to put them"
 
 Call = tuple[str, str, Mapping[str, object]]
@@ -381,7 +383,7 @@ def programs(settings: Settings) -> tuple[Path, Path]:
 
 
 def installed_version(settings: Settings) -> str:
-    """As "1.12.1". Raises HostNotReady when missing, too old, or not the same as its jailer's."""
+    """As "1.16.1". Raises HostNotReady when missing, too old, known to be bad, or not the same as its jailer's."""
     told = [_version(program) for program in programs(settings)]
     if told[0] != told[1]:
         raise HostNotReady(f"Firecracker is {told[0]}, its jailer {told[1]}. {HOW_TO_GET}")
@@ -393,6 +395,10 @@ def installed_version(settings: Settings) -> str:
         raise HostNotReady(
             f"Firecracker {told[0]} is too old; at least {OLDEST[0]}.{OLDEST[1]} is needed. {HOW_TO_GET}"
         )
+    faults = parts.faults_of("firecracker", told[0])
+    if faults and settings.known_bad_vmm == "refuse":
+        why = "; ".join(map(str, faults))
+        raise HostNotReady(f"Firecracker {told[0]} is refused: {why}. {GOOD}. {HOW_TO_GET}")
     return told[0]
 
 

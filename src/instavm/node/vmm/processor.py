@@ -11,7 +11,6 @@ from typing import Any, Final, Self
 
 from instavm.errors import HostNotReady
 
-
 VIRTUALIZATION: Final = ((0x1, "ecx", 5), (0x80000001, "ecx", 2))
 """CPUID leaf, register and bit of VMX and SVM."""
 

@@ -60,7 +60,7 @@ def _load() -> None:
 
 
 def _drop() -> None:
-    """Be nobody, for good, and able to make no sockets but those of the internet. Raises OSError, HostNotReady."""
+    """Be nobody, for good, with a list of system calls and of sockets. Raises OSError, HostNotReady."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptors.allow_most()
     if os.geteuid() == 0:
@@ -70,7 +70,7 @@ def _drop() -> None:
     for option, value in ((PR_SET_NO_NEW_PRIVS, 1), (PR_SET_PDEATHSIG, signal.SIGKILL)):
         if libc.prctl(option, value, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
-    seccomp.confine(seccomp.program(seccomp.FILTER, without=seccomp.NOT_THE_FILTER, families=seccomp.FILTER_FAMILIES))
+    seccomp.confine(seccomp.program(seccomp.FILTER, without=seccomp.NOT_THE_FILTER, sockets=seccomp.FILTER_SOCKETS))
 
 
 async def _serve(line: socket.socket) -> None:
