@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +38,16 @@ class Layers:
         return self.folder / layer
 
     def link(self, file: Path, layer: str, owner: Path) -> None:
-        """Give a disk the name by which overlays on it know it; `owner` stands on it from now on. Raises OSError."""
+        """Give a disk the name by which overlays on it know it; `owner` stands on it from now on.
+
+        Raises OSError; CorruptSnapshot: it is no file, but a link, say, that a VMM put there.
+        """
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise CorruptSnapshot(f"{file.name} is no file")
         self.folder.mkdir(mode=0o700, exist_ok=True)
         (owner / LINKS).mkdir(mode=0o700, exist_ok=True)
-        os.link(file, owner / LINKS / layer)
-        os.link(file, self.path(layer))
+        os.link(file, owner / LINKS / layer, follow_symlinks=False)
+        os.link(file, self.path(layer), follow_symlinks=False)
 
     def close(self, layer: str) -> None:
         """Nobody writes to it any more: it is the server's, and no VMM's uid may open it. Raises OSError."""

@@ -25,7 +25,7 @@ import anyio
 import anyio.abc
 
 from instavm.errors import DiskFull, GuestProtocolError, InstaVMError, NoCapacity
-from instavm.node import identity
+from instavm.node import identity, planted
 from instavm.node.agent import Agent
 from instavm.node.layers import Layers, overlay
 from instavm.node.network.guard import Network, Networks
@@ -141,9 +141,10 @@ class Prepared:
 
     def record(self, about: Record) -> None:
         """Leave a note of what the next server must know to adopt it."""
-        note = self.home / RECORD
-        note.touch(mode=0o600)
-        note.write_text(json.dumps(asdict(about)))
+        new = self.home / f".{RECORD}-{secrets.token_hex(4)}"
+        planted.make_empty(new)
+        new.write_text(json.dumps(asdict(about)))
+        new.rename(self.home / RECORD)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import anyio
 
 from instavm.errors import HostNotReady
+from instavm.node import planted
 from instavm.node.jail.jail import Cage, Jailed, Jails, spawn
 
 ID = "m"
@@ -140,9 +141,9 @@ async def start(jails: Jails, cage: Cage, cell: Cell, output: int) -> Jailed:
 def _furnish(cell: Cell, uid: int) -> None:
     """Where its files will be put. Raises HostNotReady."""
     try:
-        cell.root.mkdir(parents=True, mode=0o755)
+        root = planted.make_folders(cell.home, *cell.root.relative_to(cell.home).parts)
         for place in ("disk", *(place for _, place in cell.shown)):
-            (cell.root / place).touch(mode=0o600)
+            planted.make_empty(root / place)
         os.mkfifo(cell.root / "metrics", 0o600)
         os.chown(cell.root / "metrics", uid, uid)
     except OSError as exc:

@@ -21,7 +21,7 @@ import anyio
 from anyio.abc import ByteStream
 
 from instavm.errors import BootFailed, HostNotReady
-from instavm.node import parts
+from instavm.node import parts, planted
 from instavm.node.jail import jailer
 from instavm.node.jail.jail import Cage, Jailed, Jails, Needs
 from instavm.node.jail.jailer import Cell
@@ -205,13 +205,11 @@ class FirecrackerMachine(OneProcess):
         for line in self._lines:
             line.renew()
         for path, final in zip(made.values(), (state, memory), strict=True):
-            os.chown(path, os.geteuid(), os.getegid())
-            path.chmod(0o600)
-            path.rename(final)
+            await anyio.to_thread.run_sync(planted.take, path, final)
 
     def _write_out(self) -> None:
         """What the server of the disk still has in memory goes to its files."""
-        fd = os.open(f"/proc/{self.pid}/root/disk", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{self.pid}/root/disk", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import anyio
 import httpx
 
 from instavm.errors import BootFailed
+from instavm.node import planted
 from instavm.node.vmm.process import Words
 
 TIMEOUT_S: Final = 60.0
@@ -28,8 +30,8 @@ class Api:
         self._socket = root / "api.sock"
         self._last_words = last_words
         self._counted = Words(root / "metrics")
-        transport = httpx.AsyncHTTPTransport(uds=str(self._socket))
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=TIMEOUT_S)
+        self._opened = ExitStack()
+        self._client: httpx.AsyncClient | None = None
 
     async def ready(self, alive: Callable[[], bool]) -> None:
         """Until it listens. Raises BootFailed."""
@@ -43,8 +45,8 @@ class Api:
     async def call(self, method: str, path: str, body: Mapping[str, object]) -> None:
         """Raises BootFailed."""
         try:
-            answer = await self._client.request(method, path, json=body)
-        except httpx.HTTPError as exc:
+            answer = await self._connected().request(method, path, json=body)
+        except (httpx.HTTPError, OSError) as exc:
             said = self._last_words()
             raise BootFailed(f"Firecracker: {method} {path}: {exc or type(exc).__name__} {said}".strip()) from exc
         if answer.is_error:
@@ -55,8 +57,18 @@ class Api:
 
     async def aclose(self) -> None:
         """Twice is fine."""
-        await self._client.aclose()
+        if self._client is not None:
+            await self._client.aclose()
+        self._opened.close()
         self._counted.close()
+
+    def _connected(self) -> httpx.AsyncClient:
+        """To the socket that was there first, whatever the VMM puts in its place later. Raises OSError."""
+        if self._client is None:
+            place = self._opened.enter_context(planted.socket_at(self._socket))
+            transport = httpx.AsyncHTTPTransport(uds=place)
+            self._client = httpx.AsyncClient(transport=transport, base_url="http://firecracker", timeout=TIMEOUT_S)
+        return self._client
 
 
 def _fault(answer: httpx.Response) -> str:
@@ -73,7 +85,8 @@ async def _answers(place: Path, alive: Callable[[], bool]) -> None:
         _libc.inotify_add_watch(watch, os.fsencode(place.parent), IN_CREATE | IN_ATTRIB)
         while True:
             try:
-                await (await anyio.connect_unix(str(place))).aclose()
+                with planted.socket_at(place) as there:
+                    await (await anyio.connect_unix(there)).aclose()
                 return
             except OSError:
                 if not alive():

@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import ByteStream
 
+from instavm.node import planted
 from instavm.node.vmm.line import Line
 from instavm_guest.frames import GUEST_PAYLOAD_MAX, HEADER, HELLO, MAGIC
 from instavm_guest.link import VSOCK_PORT
@@ -129,7 +130,8 @@ class VsockLine(ByteStream):
     async def _dial(self, patience_s: float) -> ByteStream | None:
         """None: nobody listens in there, or there was no answer in time."""
         try:
-            stream = await Line.dial(self._place)
+            with planted.socket_at(self._place) as place:
+                stream = await Line.dial(Path(place))
         except OSError:
             return None
         answered = False
