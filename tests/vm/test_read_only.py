@@ -1,4 +1,4 @@
-"""Root in a guest against everything that is called read-only: it is so by the host's doing, and nothing in a guest decides it."""
+"""Root in a guest against everything called read-only: it is so by the host's doing, and nothing in a guest decides it."""
 
 import hashlib
 import json

@@ -126,6 +126,8 @@ HOSTILE = {
     "a whiteout of the root": [entry(".wh..")],
     "a whiteout of nothing": [entry("a/.wh.")],
     "a device": [entry("disk", kind=tarfile.BLKTYPE)],
+    "a root that is a link": [entry(".", link="/")],
+    "a root that is a link, spelt otherwise": [entry("./", link="/etc")],
     "a character device": [entry("etc/mem", kind=tarfile.CHRTYPE)],
 }
 
@@ -136,7 +138,7 @@ async def test_hostile_layers_are_refused_before_they_are_unpacked(tmp_path, wor
     reference = layout(tmp_path / "layout", layer(entry("fine", b"x"), *HOSTILE[name]))
     one = image(reference, work)
     await one.resolve()
-    with pytest.raises(SnapshotError, match=r"leads out of it|removes what|a device that"):
+    with pytest.raises(SnapshotError, match=r"leads out of it|removes what|a device that|root is something else"):
         await one.write(work / "disk.raw")
     assert not (work / "tree").exists() and not (work / "disk.raw").exists()
 

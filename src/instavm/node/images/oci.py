@@ -8,21 +8,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import lzma
 import math
 import os
-import stat
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import anyio
 import anyio.to_thread
 
 from instavm import limits
 from instavm.errors import DiskFull, SnapshotError
+from instavm.node.images import layout
 from instavm.node.images.plain import make_plain
 from instavm.node.images.workshop import require
 from instavm.sandbox import Pull
@@ -36,6 +38,17 @@ WHITEOUT: Final = ".wh."
 """Begins the name of an entry that removes what lower layers have under the rest of that name."""
 OPAQUE: Final = ".wh..wh..opq"
 ENTRIES_MAX: Final = 2_000_000
+HEADER_BYTES_MAX: Final = 1 << 20
+"""Of one file's name, link and attributes."""
+_HEADERS: Final = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_UNREADABLE: Final = (tarfile.TarError, EOFError, OSError, ValueError, IndexError, zlib.error, lzma.LZMAError)
+"""What reading a broken archive raises: some of its parsers let their own errors through."""
 DISK_GIB_DEFAULT: Final = 3
 LOOPBACK: Final = ("localhost", "127.", "[::1]")
 """Registries there may speak plain HTTP."""
@@ -88,32 +101,35 @@ class Image:
         digest = "sha256:" + hashlib.sha256(raw).hexdigest()
         if self._source.startswith("docker://") and "@" not in self._source:
             self._source = f"{_untagged(self._source)}@{digest}"
-        config = _parsed(await self._skopeo("inspect", "--config", *self._options, self._source))
+        config = layout.parsed(await self._skopeo("inspect", "--config", *self._options, self._source))
         found = (config.get("os", SYSTEM), config.get("architecture", ARCHITECTURE))
         if found != (SYSTEM, ARCHITECTURE):
             raise SnapshotError(
                 f"{self._ask.reference} is for {found[0]}/{found[1]}; sandboxes are {SYSTEM}/{ARCHITECTURE}"
             )
         told = config.get("config") or {}
-        env = dict(one.split("=", 1) for one in told.get("Env") or () if isinstance(one, str) and "=" in one)
-        labels = {str(name): str(value) for name, value in (told.get("Labels") or {}).items()}
+        if not isinstance(told, dict) or not isinstance(found_labels := told.get("Labels") or {}, dict):
+            raise SnapshotError("the image's configuration can't be read")
+        given = told.get("Env") or ()
+        env = dict(one.split("=", 1) for one in given if isinstance(one, str) and "=" in one)
+        labels = {str(name): str(value) for name, value in found_labels.items()}
         self._progress(f"it is {digest}")
         return Fetched(digest, {**env, **self._ask.env}, labels)
 
     async def write(self, disk: Path) -> int:
         """Fetch it and write it to `disk`, a raw ext4. Returns: the size of the disk in bytes. Raises SnapshotError, DiskFull."""
-        layout, tree = self._folder / "layout", self._folder / "tree"
+        fetched, tree = self._folder / "layout", self._folder / "tree"
         self._progress("fetching its layers")
-        await self._skopeo("copy", "--quiet", *self._options_of_copy(), self._source, f"oci:{layout}:image")
+        await self._skopeo("copy", "--quiet", *self._options_of_copy(), self._source, f"oci:{fetched}:image")
         most = (self._ask.disk_gib or limits.BUILD_DISK_GIB_MAX) << 30
-        if await make_plain(layout, most, _ALONE):
+        if await make_plain(fetched, most, _ALONE):
             self._progress("layers of zstd are unpacked")
-        used = await anyio.to_thread.run_sync(look_through, layout, most)
+        used = await anyio.to_thread.run_sync(look_through, fetched, most)
         size_gib = self._ask.disk_gib or min(
             limits.BUILD_DISK_GIB_MAX, max(DISK_GIB_DEFAULT, math.ceil(used * 1.5 / 2**30) + 1)
         )
         self._progress(f"unpacking {used >> 20} MiB")
-        await self._run(*_ALONE, "umoci", "raw", "unpack", "--image", f"{layout}:image", str(tree))
+        await self._run(*_ALONE, "umoci", "raw", "unpack", "--image", f"{fetched}:image", str(tree))
         self._progress(f"writing a disk of {size_gib} GB")
         await self._run(
             *_DIES_WITH_US, "mke2fs", "-q", "-t", "ext4", *_EXT4, "-d", str(tree), str(disk), f"{size_gib}G"
@@ -163,26 +179,42 @@ class Image:
         return done.stdout
 
 
-def look_through(layout: Path, most_bytes: int) -> int:
-    """Blocking. Bytes that its layers unpack to. Raises SnapshotError: one holds what must not be unpacked, or too much."""
-    manifest = _blob_json(layout, _parsed((layout / "index.json").read_bytes())["manifests"][0]["digest"])
-    total, entries = 0, 0
-    for layer in manifest["layers"]:
+class _Member(tarfile.TarInfo):
+    """An entry whose extended header is bounded: `tarfile` reads all of it into memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _HEADERS and self.size > HEADER_BYTES_MAX:
+            raise SnapshotError(f"the image has a file whose header alone takes {self.size} bytes")
+        entry: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return entry
+
+
+def look_through(folder: Path, most_bytes: int) -> int:
+    """Blocking. Bytes that its layers unpack to. Raises SnapshotError: one holds what must not be unpacked, or too much, or
+    all of them together hold nothing."""
+    total, entries, files = 0, 0, 0
+    for layer in layout.layers(layout.manifest(folder)):
         try:
-            with tarfile.open(_blob(layout, layer["digest"]), "r|*") as tar:
+            with (
+                layout.opened(layout.blob(folder, layer.get("digest"))) as file,
+                tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar,
+            ):
                 for member in tar:
                     entries += 1
                     total += max(0, member.size) + 512
                     _refuse(member)
+                    files += not _base(member).startswith(WHITEOUT)
                     if total > most_bytes:
                         raise SnapshotError(
                             f"the image unpacks to more than {most_bytes >> 30} GB (build_args.disk_size_gb)"
                         )
                     if entries > ENTRIES_MAX:
                         raise SnapshotError(f"the image has more than {ENTRIES_MAX} files")
-        except (tarfile.TarError, EOFError, OSError) as exc:
+        except _UNREADABLE as exc:
             kind = layer.get("mediaType", "?")
             raise SnapshotError(f"a layer of the image ({kind}) is not a tar archive that can be read: {exc}") from exc
+    if not files:
+        raise SnapshotError("the image has layers, but no file in them, so there is nothing to start from")
     return total
 
 
@@ -191,35 +223,17 @@ def _refuse(member: tarfile.TarInfo) -> None:
     for name in names:
         if ".." in name.split("/"):
             raise SnapshotError(f"the image has a file that leads out of it: {name[:200]!r}")
-    base = names[0].rsplit("/", 1)[-1]
+    if not member.isdir() and member.name.strip("./") == "":
+        raise SnapshotError(f"the image's root is something else than a folder: {member.name[:200]!r}")
+    base = _base(member)
     if base.startswith(WHITEOUT) and base != OPAQUE and base.removeprefix(WHITEOUT).strip(".") == "":
         raise SnapshotError(f"the image removes what is not its own: {member.name[:200]!r}")
     if member.isdev() and not member.isfifo() and not member.name.lstrip("./").startswith("dev/"):
         raise SnapshotError(f"the image has a device that is not below /dev: {member.name[:200]!r}")
 
 
-def _blob(layout: Path, digest: str) -> Path:
-    kind, _, name = digest.partition(":")
-    if kind != "sha256" or len(name) != 64 or not name.isalnum():
-        raise SnapshotError(f"the image has a digest that can't be read: {digest[:100]!r}")
-    path = layout / "blobs" / kind / name
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise SnapshotError("the image's layout has something else than files in it")
-    return path
-
-
-def _blob_json(layout: Path, digest: str) -> dict[str, Any]:
-    return _parsed(_blob(layout, digest).read_bytes())
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    try:
-        told = json.loads(text)
-    except ValueError:
-        told = None
-    if not isinstance(told, dict):
-        raise SnapshotError("the image's description can't be read")
-    return told
+def _base(member: tarfile.TarInfo) -> str:
+    return member.name.rsplit("/", 1)[-1]
 
 
 def _registry(reference: str) -> str:

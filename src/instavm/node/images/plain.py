@@ -6,36 +6,40 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import anyio
 
 from instavm.errors import SnapshotError
+from instavm.node.images import layout
 
 ZSTD: Final = "+zstd"
 
 
-async def make_plain(layout: Path, most_bytes: int, within: Sequence[str]) -> bool:
+async def make_plain(folder: Path, most_bytes: int, within: Sequence[str]) -> bool:
     """Rewrite the image of an OCI layout that has such layers. within: what to run zstd in. Returns: whether it had any.
 
     Raises SnapshotError: one can't be read, or all of them together are more than `most_bytes`.
     """
-    index = json.loads((layout / "index.json").read_bytes())
-    blobs = layout / "blobs" / "sha256"
-    manifest = json.loads(_blob(blobs, index["manifests"][0]).read_bytes())
-    found = [layer for layer in manifest["layers"] if str(layer.get("mediaType")).endswith(ZSTD)]
+    index, manifest = layout.index(folder), layout.manifest(folder)
+    blobs = folder / "blobs" / "sha256"
+    found = [layer for layer in layout.layers(manifest) if str(layer.get("mediaType")).endswith(ZSTD)]
+    unpacked: dict[str, tuple[str, int]] = {}
     for layer in found:
-        packed = _blob(blobs, layer)
-        digest, size = await _unpack(packed, blobs, most_bytes, within)
+        packed = layout.blob(folder, layer.get("digest"))
+        if packed.name not in unpacked:  # one layer may be there more than once
+            unpacked[packed.name] = await _unpack(packed, blobs, most_bytes, within)
+        digest, size = unpacked[packed.name]
         most_bytes -= size
-        packed.unlink(missing_ok=True)
         layer.update(mediaType=layer["mediaType"].removesuffix(ZSTD), digest=f"sha256:{digest}", size=size)
+    for name in unpacked:
+        (blobs / name).unlink(missing_ok=True)
     if found:
         body = json.dumps(manifest).encode()
         digest = hashlib.sha256(body).hexdigest()
         (blobs / digest).write_bytes(body)
         index["manifests"][0].update(digest=f"sha256:{digest}", size=len(body))
-        (layout / "index.json").write_text(json.dumps(index))
+        (folder / "index.json").write_text(json.dumps(index))
     return bool(found)
 
 
@@ -59,8 +63,3 @@ async def _unpack(packed: Path, blobs: Path, most_bytes: int, within: Sequence[s
     digest = total.hexdigest()
     plain.rename(blobs / digest)
     return digest, size
-
-
-def _blob(blobs: Path, about: dict[str, Any]) -> Path:
-    """What skopeo has just written there, and checked."""
-    return blobs / str(about["digest"]).removeprefix("sha256:")
