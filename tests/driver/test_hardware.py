@@ -21,9 +21,18 @@ for path in ('/dev/kvm', '/tmp/kvm'):
         print('refused')
 """
 QEMU_DEVICES = {
-    "virtio-mmio": 24, "virtio-blk-device": 2, "virtio-serial-device": 1, "virtserialport": 1,
-    "ioapic": 2, "isabus-bridge": 1, "isa-serial": 1, "mc146818rtc": 1, "isa-pit": 1, "isa-i8259": 2,
-    "acpi-ged-x86": 1, "fw_cfg_io": 1,
+    "virtio-mmio": 24,
+    "virtio-blk-device": 2,
+    "virtio-serial-device": 1,
+    "virtserialport": 1,
+    "ioapic": 2,
+    "isabus-bridge": 1,
+    "isa-serial": 1,
+    "mc146818rtc": 1,
+    "isa-pit": 1,
+    "isa-i8259": 2,
+    "acpi-ged-x86": 1,
+    "fw_cfg_io": 1,
 }
 """virtio-mmio: places for devices, of which those with one below it are taken."""
 HOSTS_OWN = {"kvmvapic", "kvmclock", "kvm-apicview"}
