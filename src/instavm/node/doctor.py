@@ -19,6 +19,7 @@ from instavm.node.network import space
 from instavm.node.parts import Part
 from instavm.node.vmm import choose, firecracker, qemu
 from instavm.node.vmm.memory import huge
+from instavm.node.vmm.processor import CpuTemplate
 from instavm.sandbox import Tier
 from instavm.settings import Settings
 
@@ -59,7 +60,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _jail(settings)
     yield _firecracker(settings)
     yield from _kvm(settings)
-    yield from _nesting()
+    yield from _nesting(settings)
     yield from _parts(settings)
     yield _network()
     yield _folder("state directory", settings.state_dir, "INSTAVM_STATE_DIR")
@@ -123,12 +124,14 @@ def _firecracker(settings: Settings) -> Check:
         return Check("firecracker", settings.driver != "firecracker", words, firecracker.HOW_TO_GET, "missing")
 
 
-def _nesting() -> Iterator[Check]:
+def _nesting(settings: Settings) -> Iterator[Check]:
     module = choose.nests()
+    template = CpuTemplate.of(settings.firecracker_cpu_template)
     if module is not None:
-        detail = (
-            f"{module} lets guests run guests of their own; sandboxes are not shown it, but the code for it is there"
-        )
+        shown = "are not shown it, but the code for it is there"
+        if template is not None and template.nests:
+            shown = f"see it under Firecracker: its CPU template {template.name} shows it"
+        detail = f"{module} lets guests run guests of their own; sandboxes {shown}"
         yield weaker("nested virtualization", detail, f"options {module} nested=0, in /etc/modprobe.d")
 
 

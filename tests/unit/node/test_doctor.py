@@ -62,6 +62,8 @@ def test_a_host_whose_kvm_nests_is_told_how_to_stop_it(own, tmp_path, monkeypatc
     monkeypatch.setattr(choose, "MODULES", tmp_path)
     check = told(own, "nested virtualization")
     assert check.status == status and f"options {module} nested=0" in check.remedy
+    shown = told(own.model_copy(update={"firecracker_cpu_template": "T2A"}), "nested virtualization")
+    assert "sandboxes see it" in shown.detail and "are not shown" in check.detail
     place.write_text("0\n")
     assert "nested virtualization" not in {check.name for check in doctor.checks(own)}
 
