@@ -150,9 +150,7 @@ class End(NamedTuple):
     peak_kib: int
 
 
-def end_payload(
-    exit_code: int, wall_s: float, cpu_s: float, peak_kib: int, reason: str | None, flags: int = 0
-) -> bytes:
+def end_payload(exit_code: int, wall_s: float, cpu_s: float, peak_kib: int, reason: str | None, flags: int = 0) -> bytes:
     return _END.pack(flags, REASONS.index(reason), exit_code, wall_s, cpu_s, peak_kib)
 
 

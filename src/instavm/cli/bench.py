@@ -41,9 +41,7 @@ def bench(
         typer.Argument(help=SUBJECTS),
     ] = Subject.INTERACTIVE,
     *,
-    count: Annotated[
-        int, typer.Option("--count", "-n", min=1, max=1000, help="How many sandboxes, calls or rounds.")
-    ] = 20,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=1000, help="How many sandboxes, calls or rounds.")] = 20,
     cpu: Annotated[int, typer.Option(min=1, max=8, help="vCPUs of each.")] = 2,
     memory: Annotated[int, typer.Option(min=256, max=8192, help="Memory of each in MB.")] = 512,
     json_file: Annotated[Path | None, typer.Option("--json", help="Keep the results in this file.")] = None,

@@ -70,21 +70,7 @@ def described(lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] |
         generate_unique_id_function=description.operation_id,
     )
     # looked through in this order
-    parts = (
-        executions,
-        sessions,
-        tasks,
-        files,
-        streams,
-        processes,
-        vms,
-        snapshots,
-        egress,
-        health,
-        users,
-        keys,
-        metrics,
-    )
+    parts = (executions, sessions, tasks, files, streams, processes, vms, snapshots, egress, health, users, keys, metrics)
     for part in parts:
         app.include_router(
             part.router, responses=description.problems(500) if part is health else description.EVERYWHERE
