@@ -55,6 +55,16 @@ async def clocks(agent):
     return [float(word) for word in (await python(agent, "clocks()")).split()]
 
 
+@pytest.fixture
+async def clock_fault(driver, request):
+    """Firecracker before 1.16 lets CLOCK_MONOTONIC jump by the time at rest. Strict: a version that does not is noticed."""
+    version = await driver.version()
+    if driver.name == "firecracker" and tuple(int(part) for part in version.split(".")[:2]) < (1, 16):
+        reason = f"Firecracker {version}: the monotonic clock jumps by the time at rest"
+        request.applymarker(pytest.mark.xfail(raises=BaseExceptionGroup, strict=True, reason=reason))
+
+
+@pytest.mark.usefixtures("clock_fault")
 async def test_after_a_long_rest_the_time_is_right_and_what_counts_it_has_not_jumped(driver, template, homes):
     """The rest did not happen for timers and CLOCK_MONOTONIC, and did for the time of day. No timer fires early."""
     home = homes()

@@ -45,9 +45,12 @@ ABSENT = ("network-interfaces", "balloon", "entropy", "mmds-config", "pmem", "me
 
 
 async def test_no_guest_sees_virtualization_of_its_own(driver, template, homes):
+    """What nesting would use beside `svm` is gone with it, but under Firecracker, which can only clear a flag by itself."""
     async with running(driver, template, homes()) as (_, agent):
-        said = await python(agent, VIRTUALIZATION)
-    assert said.splitlines() == ["True []", "refused", "refused"]
+        flags, *opened = (await python(agent, VIRTUALIZATION)).splitlines()
+    assert "'svm'" not in flags and "'vmx'" not in flags and flags.startswith("True ")
+    assert driver.name == "firecracker" or flags == "True []"
+    assert opened == ["refused", "refused"]
 
 
 async def test_the_devices_are_those_that_were_asked_for_and_no_others(driver, template, homes):
