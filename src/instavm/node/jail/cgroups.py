@@ -29,6 +29,9 @@ TASKS = 160
 TOGETHER_SHARES = 2
 """How much CPU all sandboxes together weigh against one other process at the root, in multiples of it."""
 EMPTY_S = 2.0
+WAITS = ("bwrap",)
+REAPED_S = 0.5
+"""How long a jailer may take to notice that what it waits for has ended; it needs a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +148,16 @@ class Cgroups:
         return 1
 
     def end(self, machine: str) -> None:
-        """End whatever lives in a machine's groups. A number is only signalled while the kernel lists it there."""
+        """End whatever lives in a machine's groups: what waits for another one's end last, so that it can reap it."""
         for tree in self._trees:
             members = self._group(tree, machine) / "cgroup.procs"
             with contextlib.suppress(FileNotFoundError):
-                for pid in members.read_text().split():
-                    with contextlib.suppress(ProcessLookupError):
-                        pidfd = os.pidfd_open(int(pid))
-                        try:
-                            if pid in members.read_text().split():
-                                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                        finally:
-                            os.close(pidfd)
+                listed = members.read_text().split()
+                _kill(members, [pid for pid in listed if not _waits(pid)])
+                deadline = time.monotonic() + REAPED_S
+                while (left := members.read_text().split()) and time.monotonic() < deadline:
+                    time.sleep(0.005)
+                _kill(members, left)
 
     def remove(self, machine: str) -> None:
         """Once its processes are gone. Twice is fine."""
@@ -212,6 +213,26 @@ class Cgroups:
 
     def _with(self, controller: str, machine: str) -> Iterator[tuple[Hierarchy, Path]]:
         return ((tree, self._group(tree, machine)) for tree in self._trees if controller in tree.controllers)
+
+
+def _waits(pid: str) -> bool:
+    """Whether it is the jailer of another process, and ends with it."""
+    try:
+        return Path(f"/proc/{pid}/exe").readlink().name in WAITS
+    except OSError:
+        return False
+
+
+def _kill(members: Path, pids: list[str]) -> None:
+    """A number is only signalled while the kernel lists it there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(int(pid))
+            try:
+                if pid in members.read_text().split():
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)
 
 
 _FILES = {
