@@ -49,6 +49,8 @@ HOST_CHARS: Final = 1024
 
 PATH_BYTES: Final = 4096
 """Longest path of a file in a sandbox, as Linux has it."""
+FILE_NAME_BYTES: Final = 255
+"""Longest name of a file, without its folders, as Linux has it."""
 FORM_BYTES: Final = 64 << 10
 """All text parts of an upload together."""
 TASK_OUTPUT_BYTES: Final = 4 << 20
@@ -134,6 +136,7 @@ ALLOWED: Final[Mapping[str, str]] = {
     "limit": f"a whole number from 1 to {LIST_LIMIT_MAX}",
     "remote_path": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
     "filename": f"a path of 1 to {PATH_BYTES} bytes of UTF-8 without NUL",
+    "file_name": f"the name of a file, without its folders: 1 to {FILE_NAME_BYTES} bytes of UTF-8 without NUL",
     "file": "one part with a filename, after all text parts",
     "form": f"parts of multipart/form-data: text of at most {FORM_BYTES} bytes in all, then the part `file`",
     "port": "a whole number from 1 to 65535",

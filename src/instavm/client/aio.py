@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -20,7 +19,7 @@ from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import AsyncEgress
 from instavm.client.managers import Manager
-from instavm.client.places import LocalPath, landing
+from instavm.client.places import LocalPath, in_threads, landing, local_path, source
 from instavm.client.processes import AsyncProcesses
 from instavm.client.results import (
     AppUrl,
@@ -41,7 +40,7 @@ from instavm.client.results import (
 )
 from instavm.client.streaming import Reader, StreamEvent, follow_async
 from instavm.client.transport import AsyncLink
-from instavm.errors import InstaVMError, SessionEnded, SessionError
+from instavm.errors import InstaVMError, SessionError
 
 
 class AsyncInstaVM(Binding):
@@ -76,14 +75,20 @@ class AsyncInstaVM(Binding):
             metadata=metadata,
             require_isolation=require_isolation,
         )
-        super().__init__(config)
+        self._build(config)
+        self._auto_start = auto_start_session
+
+    def _build(self, config: Config) -> None:
+        super()._build(config)
+        self._auto_start = False
         self._link = AsyncLink(config)
         self.processes = AsyncProcesses(self._link, self._session)
         """Programs that run in the background."""
         self.egress = AsyncEgress(self._link, self._session)
         self.vms = Manager(self._link.send, vms.CALLS)
         self.snapshots = Manager(self._link.send, snapshots.CALLS)
-        self._auto_start = auto_start_session
+
+    def after_fork(self) -> None:
         self._starting = anyio.Lock()
 
     async def start_session(self) -> str:
@@ -128,16 +133,6 @@ class AsyncInstaVM(Binding):
             was, self.session_id = self.session_id, tries.kept.session_id
             await self._link.send(sessions.kill(str(was)))
 
-    def _copy(self, session_id: str) -> AsyncInstaVM:
-        copy = type(self).__new__(type(self))
-        Binding.__init__(copy, self._config)
-        copy._link = AsyncLink(self._config)
-        copy.vms = Manager(copy._link.send, vms.CALLS)
-        copy.snapshots = Manager(copy._link.send, snapshots.CALLS)
-        copy._auto_start, copy._starting = False, anyio.Lock()
-        copy._bound(session_id)
-        return copy
-
     async def _vm_id(self) -> str:
         return vm_of(await self._link.send(sessions.info(await self._session())))
 
@@ -154,17 +149,18 @@ class AsyncInstaVM(Binding):
             await anyio.sleep(poll_interval)
         return task
 
-    async def upload_file(self, file_path: LocalPath, remote_path: str) -> UploadedFile:
+    async def upload_file(self, file_path: LocalPath, remote_path: files.RemotePath) -> UploadedFile:
         """As `InstaVM.upload_file`."""
-        call, around = files.upload(await self._session(), Path(file_path), remote_path)
-        with await anyio.to_thread.run_sync(Path(file_path).open, "rb") as file:
+        local = local_path(file_path, "file_path")
+        call, around = files.upload(await self._session(), local, remote_path)
+        async with in_threads(source(local)) as file:
             return await self._link.upload(call, around, file)
 
-    async def download_file(self, filename: str, local_path: LocalPath | None = None) -> DownloadedFile:
+    async def download_file(self, filename: files.RemotePath, local_path: LocalPath | None = None) -> DownloadedFile:
         """As `InstaVM.download_file`."""
         call = files.download(await self._session(), filename)
-        with landing(filename, local_path) as (file, result):
-            await self._link.download(call, file)
+        async with in_threads(landing(files.remote_path(filename, "filename"), local_path)) as (file, result):
+            result["size"] = await self._link.download(call, file)
         return result
 
     async def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
@@ -250,6 +246,7 @@ class AsyncInstaVM(Binding):
         return await self._link.send(users.me())
 
     async def __aenter__(self) -> Self:
+        self._own()
         if self._auto_start:
             await self._session()
         return self
@@ -260,7 +257,8 @@ class AsyncInstaVM(Binding):
         """Being cancelled leaves no sandbox behind: the kill is shielded, and has a deadline of its own."""
         with anyio.CancelScope(shield=True):
             try:
-                await self.close_session()
+                if self._is_own:
+                    await self.close_session()
             except InstaVMError as failed:
                 if exc is None:
                     raise
@@ -270,8 +268,4 @@ class AsyncInstaVM(Binding):
 
     async def _session(self) -> str:
         async with self._starting:
-            if self.session_id is not None:
-                return self.session_id
-            if self._over:
-                raise SessionEnded("this client's session was killed; start_session() makes a new one")
-            return await self.start_session()
+            return self._known_session() or await self.start_session()

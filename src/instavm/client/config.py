@@ -37,6 +37,8 @@ class Config:
         require_isolation: str | None = None,
     ) -> Config:
         """Raises: AuthenticationError (no key), InvalidInput."""
+        if not isinstance(api_key, str | None):
+            raise AuthenticationError(f"an API key is text, not a {type(api_key).__name__}")
         key = (os.environ.get("INSTAVM_API_KEY") if api_key is None else api_key) or ""
         if not key.strip():
             raise AuthenticationError("an API key is needed: InstaVM(api_key=...) or INSTAVM_API_KEY")
@@ -64,9 +66,12 @@ def _address(base_url: str | None) -> str | None:
     return url.rstrip("/")
 
 
-def _is_address(url: str) -> bool:
+def _is_address(url: object) -> bool:
+    if not isinstance(url, str) or not url.isprintable():
+        return False
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # which knows how long the parts of a name may be
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query
     except ValueError:  # a port that is no number, a bracket that is not closed
         return False

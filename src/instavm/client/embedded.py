@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from instavm.client import forks
 from instavm.client.calls.health import health
 from instavm.client.errors import from_answer
 from instavm.errors import HostNotReady, NetworkError
@@ -70,6 +71,12 @@ class Embedded:
         failed since.
         Raises: HostNotReady, with the server's own words when it could not start; NetworkError when it hangs.
         """
+        try:
+            self._ensure(again)
+        except OSError as exc:
+            raise HostNotReady(f"the embedded server cannot be reached or started: {exc}") from exc
+
+    def _ensure(self, again: bool) -> None:
         if not again and _identity(self.socket) in _answered:
             return
         found = self._running()
@@ -107,8 +114,9 @@ class Embedded:
         _private_dir(self._places.runtime_dir)
         lock = os.open(self._places.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield lock
+            with forks.private(lock):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield lock
         finally:
             os.close(lock)
 
@@ -123,10 +131,12 @@ class Embedded:
             raise HostNotReady(f"{self.socket} is too long for a socket: set INSTAVM_RUNTIME_DIR to a shorter path")
         reader, writer = os.pipe()
         try:
-            self._spawn(lock, writer)
+            with forks.private(reader, writer):
+                self._spawn(lock, writer)
             os.close(writer)
             writer = -1
-            said = _read_all(reader, START_S)
+            with forks.private(reader):
+                said = _read_all(reader, START_S)
         finally:
             os.close(reader)
             if writer >= 0:

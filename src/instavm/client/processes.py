@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Any
 
 from instavm.client.calls import processes as calls
+from instavm.client.calls.files import RemotePath
 from instavm.client.calls.processes import ProcessEvent
 from instavm.client.results import ProcessInfo, ProcessOutput
 from instavm.client.streaming import follow, follow_async
@@ -139,7 +140,7 @@ class Processes:
         command: str | Sequence[str],
         *,
         env: Mapping[str, Any] | None = None,
-        cwd: str | None = None,
+        cwd: RemotePath | None = None,
         shell: str = "bash",
     ) -> Process:
         """Start a process in the background; it ends by itself, when it is killed, or with the sandbox.
@@ -224,7 +225,7 @@ class AsyncProcesses:
         command: str | Sequence[str],
         *,
         env: Mapping[str, Any] | None = None,
-        cwd: str | None = None,
+        cwd: RemotePath | None = None,
         shell: str = "bash",
     ) -> AsyncProcess:
         """As `Processes.start`."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
 import anyio
 import httpx
+from httpx_sse import EventSource, ServerSentEvent
 
-from instavm.client.calls.base import Call, ask, segment
+from instavm.client.calls.base import Call, ask, body_of, segment
+from instavm.client.calls.executions import CODE
 from instavm.client.errors import from_answer
+from instavm.client.failures import TROUBLE, translated
 from instavm.client.results import Execution, Record
-from instavm.client.transport import AsyncLink, Link, translated
+from instavm.client.transport import AsyncLink, Link
 from instavm.errors import InstaVMError, NotFound, OutcomeUnknown
 from instavm.wire.executions import Execute
 from instavm.wire.streams import ID_HEADER
@@ -39,13 +43,12 @@ class StreamEvent(Record):
     result: Execution
 
 
-class Lines:
-    """Puts events together from lines, and remembers where to take them up again. No I/O."""
+class Events:
+    """Reads events, and remembers where to take them up again. No I/O."""
 
     def __init__(self) -> None:
         self.ended = False
         self._failures = 0
-        self._event: dict[str, str] = {}
 
     def call(self) -> Call[None]:
         """The request that begins it, or takes it up again."""
@@ -54,9 +57,8 @@ class Lines:
     def began(self, response: httpx.Response) -> None:
         """Its head is there."""
 
-    def broke(self, exc: httpx.TransportError) -> float:
+    def broke(self, exc: Exception) -> float:
         """The connection broke; how long to wait, in seconds, before it is tried again. Raises: NetworkError."""
-        self._event = {}
         self._failures += 1
         if self._failures > RECONNECTS:
             raise translated(exc, self.call()) from exc
@@ -66,31 +68,33 @@ class Lines:
         """What it means that the server knows nothing of it."""
         return exc
 
-    def line(self, line: str) -> Record | None:
-        """One line of the stream; the event that it completes. Raises: what the server told instead of a result."""
-        name, _, value = line.partition(": ")
-        if line:
-            self._event[name] = value
+    def read(self, told: ServerSentEvent) -> Record | None:
+        """What it tells; None for what only keeps the connection alive.
+
+        Raises: what the server told instead of a result; httpx.RemoteProtocolError, when it cannot be read.
+        """
+        if not told.data:
             return None
-        event, self._event = self._event, {}
-        if "event" not in event:
-            return None
-        if event["event"] == "error":
-            raise from_answer(200, event["data"].encode())
+        if told.event == "error":
+            raise from_answer(200, told.data.encode())
+        try:
+            event = self._complete(told.event, int(told.id), json.loads(told.data))
+        except (ValueError, LookupError, TypeError, RecursionError) as exc:
+            raise httpx.RemoteProtocolError(f"an event of the stream cannot be read: {exc!r}") from exc
         self._failures = 0
-        return self._complete(event["event"], int(event["id"]), json.loads(event["data"]))
+        return event
 
     def _complete(self, kind: str, number: int, data: dict[str, Any]) -> Record:
         raise NotImplementedError
 
 
-class Reader(Lines):
+class Reader(Events):
     """Of an execution."""
 
     def __init__(self, session_id: str, code: str, language: str, timeout: float | None) -> None:
         super().__init__()
-        given = ask(Execute, command=code, session_id=session_id, language=language, timeout=timeout)
-        self._body = given.model_dump_json(exclude_unset=True).encode()
+        given = ask(Execute, CODE, command=code, session_id=session_id, language=language, timeout=timeout)
+        self._body = body_of(given)
         self.execution_id: str | None = None
         self._number = 0
         self._told: dict[str, list[str]] = {"stdout": [], "stderr": []}
@@ -100,13 +104,13 @@ class Reader(Lines):
     def call(self) -> Call[None]:
         if self.execution_id is None:
             return Call("POST", "/execute/stream", nothing, self._body, answer_s=SILENCE_S, repeatable=False)
-        path = f"/v1/executions/{segment(self.execution_id)}/stream"
+        path = f"/v1/executions/{segment(execution_id=self.execution_id)}/stream"
         return Call("GET", path, nothing, params={"after": str(self._number)}, answer_s=SILENCE_S)
 
     def began(self, response: httpx.Response) -> None:
         self.execution_id = response.headers.get(ID_HEADER)
 
-    def broke(self, exc: httpx.TransportError) -> float:
+    def broke(self, exc: Exception) -> float:
         if self.execution_id is None:
             raise translated(exc, self.call()) from exc
         return super().broke(exc)
@@ -137,35 +141,41 @@ class Reader(Lines):
         return StreamEvent(type=kind, execution_id=self.execution_id, **what)
 
 
-def follow(link: Link, reader: Lines) -> Iterator[Any]:
-    """Events until the last. Raises: what ended it instead; NetworkError."""
+def follow(link: Link, reader: Events) -> Iterator[Any]:
+    """Events until the last. Raises: what ended it instead; NetworkError.
+
+    A process that is forked meanwhile may go on here, too: it follows by a connection of its own.
+    """
     while not reader.ended:
+        here = os.getpid()
         try:
             with link.opened(reader.call()) as response:
                 reader.began(response)
-                for line in response.iter_lines():
-                    if (event := reader.line(line)) is not None:
+                for told in EventSource(response).iter_sse():
+                    if (event := reader.read(told)) is not None:
                         yield event
-            if not reader.ended:
+                    if os.getpid() != here:
+                        break
+            if not reader.ended and os.getpid() == here:
                 raise httpx.RemoteProtocolError("the stream ended before its end")
-        except httpx.TransportError as exc:
+        except TROUBLE as exc:
             time.sleep(reader.broke(exc))
         except NotFound as exc:
             raise reader.unknown(exc) from exc
 
 
-async def follow_async(link: AsyncLink, reader: Lines) -> AsyncIterator[Any]:
-    """As `follow`."""
+async def follow_async(link: AsyncLink, reader: Events) -> AsyncIterator[Any]:
+    """As `follow`; an event loop cannot be gone on with in a forked process."""
     while not reader.ended:
         try:
             async with link.opened(reader.call()) as response:
                 reader.began(response)
-                async for line in response.aiter_lines():
-                    if (event := reader.line(line)) is not None:
+                async for told in EventSource(response).aiter_sse():
+                    if (event := reader.read(told)) is not None:
                         yield event
             if not reader.ended:
                 raise httpx.RemoteProtocolError("the stream ended before its end")
-        except httpx.TransportError as exc:
+        except TROUBLE as exc:
             await anyio.sleep(reader.broke(exc))
         except NotFound as exc:
             raise reader.unknown(exc) from exc

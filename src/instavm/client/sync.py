@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -17,7 +17,7 @@ from instavm.client.calls.egress import Policy
 from instavm.client.config import Config
 from instavm.client.egress import Egress
 from instavm.client.managers import Manager
-from instavm.client.places import LocalPath, landing
+from instavm.client.places import LocalPath, landing, local_path, source
 from instavm.client.processes import Processes
 from instavm.client.results import (
     AppUrl,
@@ -38,14 +38,15 @@ from instavm.client.results import (
 )
 from instavm.client.streaming import Reader, StreamEvent, follow
 from instavm.client.transport import Link
-from instavm.errors import InstaVMError, SessionEnded, SessionError
+from instavm.errors import InstaVMError, SessionError
 
 
 class InstaVM(Binding):
     """A sandbox of one's own: `with InstaVM(api_key=...) as vm: vm.execute("print(6 * 7)")`.
 
     The constructor makes a session, whose sandbox begins to boot at once; the first `execute` waits for it.
-    Leaving the `with` block ends the sandbox, whatever happened inside.
+    Leaving the `with` block ends the sandbox, whatever happened inside; only not in a process that was forked inside.
+    Safe to share between threads, and with forked processes.
 
     api_key: else INSTAVM_API_KEY. With the embedded server any text will do.
     base_url: else INSTAVM_BASE_URL; without either, one server per user is started on this machine.
@@ -84,15 +85,21 @@ class InstaVM(Binding):
             metadata=metadata,
             require_isolation=require_isolation,
         )
-        super().__init__(config)
+        self._build(config)
+        if auto_start_session:
+            self.start_session()
+
+    def _build(self, config: Config) -> None:
+        super()._build(config)
         self._link = Link(config)
         self.processes = Processes(self._link, self._session)
         """Programs that run in the background."""
         self.egress = Egress(self._link, self._session)
         self.vms = Manager(self._link.send, vms.CALLS)
         self.snapshots = Manager(self._link.send, snapshots.CALLS)
-        if auto_start_session:
-            self.start_session()
+
+    def after_fork(self) -> None:
+        self._starting = threading.Lock()
 
     def start_session(self) -> str:
         """Make a new session, with this client's sizes and environment, and use it. Returns: its id."""
@@ -104,7 +111,7 @@ class InstaVM(Binding):
         In Python, variables and imports are still there for the next call; shell commands each run in a new
         process.
 
-        code: at most 1 MiB of UTF-8. language: `python`, `bash` or `sh`.
+        code: at most 1 MiB of UTF-8. language: `python`, `bash`, `sh` or `javascript`.
         timeout: seconds, 1 to 600; boot is not counted. None = 300, or what is left of the lifetime. Running
             out is a result too: `timed_out`, exit code 124 and the output so far; the session lives on.
         Returns: stdout and stderr, each cut at 16 MiB; code that failed has an `exit_code` other than 0.
@@ -132,26 +139,31 @@ class InstaVM(Binding):
             time.sleep(poll_interval)
         return task
 
-    def upload_file(self, file_path: LocalPath, remote_path: str) -> UploadedFile:
+    def upload_file(self, file_path: LocalPath, remote_path: files.RemotePath) -> UploadedFile:
         """Put a local file into the sandbox, of any size; it is sent as it is read.
 
+        file_path: a file that grows is sent as long as it was at first; pipes and devices are sent to their end.
         remote_path: relative ones start at /app; directories are made; one that ends in `/`, or is a directory, takes the
-            file under its own name. What was there is replaced once all of it has come.
-        Raises: FileNotFoundError (the local one); FileError, DiskFull; as `execute`.
+            file under its own name. What was there is replaced once all of it has come. `~` is not expanded.
+        Raises: FileNotFoundError, IsADirectoryError, PermissionError (the local one); FileError, also for a local file that
+            becomes shorter meanwhile; DiskFull; as `execute`.
         """
-        call, around = files.upload(self._session(), Path(file_path), remote_path)
-        with Path(file_path).open("rb") as file:
+        local = local_path(file_path, "file_path")
+        call, around = files.upload(self._session(), local, remote_path)
+        with source(local) as file:
             return self._link.upload(call, around, file)
 
-    def download_file(self, filename: str, local_path: LocalPath | None = None) -> DownloadedFile:
+    def download_file(self, filename: files.RemotePath, local_path: LocalPath | None = None) -> DownloadedFile:
         """Fetch a file from the sandbox, of any size; it is written as it comes.
 
-        filename: relative ones start at /app. local_path: where to write it; None = its `content` is in the result.
-        Raises: FileMissing, FileError (a directory, a device); as `execute`.
+        filename: relative ones start at /app. local_path: where to write it; None = its `content` is in the result. A file
+            there is replaced once all of it has come, and keeps its mode; a folder takes it under its own name; a link is
+            followed, a device or a pipe written to.
+        Raises: FileMissing, FileError (a directory, a device); OSError of the local place, as `open` does; as `execute`.
         """
         call = files.download(self._session(), filename)
-        with landing(filename, local_path) as (file, result):
-            self._link.download(call, file)
+        with landing(files.remote_path(filename, "filename"), local_path) as (file, result):
+            result["size"] = self._link.download(call, file)
         return result
 
     def get_session_app_url(self, session_id: str | None = None, port: int = 80) -> AppUrl:
@@ -207,15 +219,6 @@ class InstaVM(Binding):
         if tries.kept is not None:
             was, self.session_id = self.session_id, tries.kept.session_id
             self._link.send(sessions.kill(str(was)))
-
-    def _copy(self, session_id: str) -> InstaVM:
-        copy = type(self).__new__(type(self))
-        Binding.__init__(copy, self._config)
-        copy._link = Link(self._config)
-        copy.vms = Manager(copy._link.send, vms.CALLS)
-        copy.snapshots = Manager(copy._link.send, snapshots.CALLS)
-        copy._bound(session_id)
-        return copy
 
     def _vm_id(self) -> str:
         return vm_of(self._link.send(sessions.info(self._session())))
@@ -307,13 +310,15 @@ class InstaVM(Binding):
         return self._link.send(users.me())
 
     def __enter__(self) -> Self:
+        self._own()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self.close_session()
+            if self._is_own:
+                self.close_session()
         except InstaVMError as failed:
             if exc is None:
                 raise
@@ -322,8 +327,5 @@ class InstaVM(Binding):
             self.close()
 
     def _session(self) -> str:
-        if self.session_id is not None:
-            return self.session_id
-        if self._over:
-            raise SessionEnded("this client's session was killed; start_session() makes a new one")
-        return self.start_session()
+        with self._starting:
+            return self._known_session() or self.start_session()

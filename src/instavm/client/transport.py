@@ -6,45 +6,42 @@ time that this side spends on a call.
 
 from __future__ import annotations
 
-import functools
-import ipaddress
-import os
-import ssl
+import sys
+import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
-from itertools import chain
-from typing import Any, BinaryIO, Final, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeVar
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import httpx
 
+from instavm.client import forks
 from instavm.client.calls.base import Call
 from instavm.client.calls.files import Around
 from instavm.client.config import Config
-from instavm.client.embedded import Embedded
+from instavm.client.connecting import transport
 from instavm.client.errors import from_answer
-from instavm.errors import NetworkError, ServerStopping
-from instavm.settings import Places
+from instavm.client.failures import TROUBLE, repeatable, translated
+from instavm.client.places import Source
+from instavm.errors import HostNotReady, InstaVMError, ServerStopping
 from instavm.version import __version__
 from instavm.wire.files import RAW
+
+if TYPE_CHECKING:
+    from instavm.client.embedded import Embedded
 
 T = TypeVar("T")
 
 CONNECT_S: Final = 10.0
 FIRST_PAUSE_S: Final = 1.0
 """Before the first retry; doubled each time."""
-LIMITS: Final = httpx.Limits(max_connections=None, max_keepalive_connections=8, keepalive_expiry=None)
-"""Connections stay open for as long as the client does: that also tells an embedded server that it is in use.
-"""
 EMBEDDED_URL: Final = "http://embedded"
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
-PIECE_BYTES: Final = 256 << 10
-"""How much of a file is in memory at one time."""
 
 
 class Requests:
@@ -79,20 +76,25 @@ class Requests:
         )
 
     def upload(
-        self, call: Call[T], around: Around, file: BinaryIO, pieces: Iterable[bytes] | AsyncIterable[bytes]
+        self, call: Call[T], around: Around, source: Source, pieces: Iterable[bytes] | AsyncIterable[bytes]
     ) -> httpx.Request:
-        """A form around a file, whose `pieces` are sent as they come."""
-        size = os.fstat(file.fileno()).st_size + len(around.head) + len(around.tail)
-        return self.of(call, content=pieces, kind=around.content_type, size=size)
+        """A form around a file, whose `pieces` are sent as they come; in chunks, when nobody knows its size."""
+        whole = None if source.size is None else source.size + len(around.head) + len(around.tail)
+        return self.of(call, content=pieces, kind=around.content_type, size=whole)
 
 
 class Link:
-    """The blocking way to the server. Safe to share between threads."""
+    """The blocking way to the server. Safe to share between threads, and with forked processes: each connects anew."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._embedded = Embedded(Places()) if config.base_url is None else None
+        self._embedded = _embedded(config)
         self._requests = Requests(config)
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._connecting = threading.Lock()
         self._transport: httpx.HTTPTransport | None = None
 
     def send(self, call: Call[T]) -> T:
@@ -100,40 +102,47 @@ class Link:
         for attempt in range(self._config.max_retries + 1):
             try:
                 return self._once(call)
-            except httpx.TransportError as exc:
+            except TROUBLE as exc:
                 if attempt == self._config.max_retries or not repeatable(exc, call):
                     raise translated(exc, call) from exc
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    def upload(self, call: Call[T], around: Around, file: BinaryIO) -> T:
-        """A call whose body is a form around a file, sent as it is read. Never repeated. Raises: as `send`."""
-        pieces = chain([around.head], iter(lambda: file.read(PIECE_BYTES), b""), [around.tail])
+    def upload(self, call: Call[T], around: Around, source: Source) -> T:
+        """A call whose body is a form around a file, sent as it is read. Never repeated. Raises: as `send`, and FileError."""
+
+        def pieces() -> Iterator[bytes]:
+            yield around.head
+            while piece := source.read():
+                yield piece
+            yield around.tail
+
         try:
-            return self._whole(call, self._requests.upload(call, around, file, pieces))
-        except httpx.TransportError as exc:
+            return self._whole(call, self._requests.upload(call, around, source, pieces()))
+        except TROUBLE as exc:
             raise translated(exc, call) from exc
 
     def download(self, call: Call[bytes], file: BinaryIO) -> int:
-        """A call whose answer is written to `file` as it comes. Returns: its bytes. Raises: as `send`."""
+        """A call whose answer is written to `file` as it comes. Returns: its bytes. Raises: as `send`; OSError of `file`."""
         try:
             with self.opened(call, RAW) as response:
-                return sum(file.write(piece) for piece in response.iter_raw())
-        except httpx.TransportError as exc:
+                return sum(file.write(piece) for piece in response.iter_bytes())
+        except TROUBLE as exc:
             raise translated(exc, call) from exc
 
     @contextmanager
     def opened(self, call: Call[T], accept: str = EVENTS) -> Iterator[httpx.Response]:
-        """An answer that is read while it comes. Raises: what the server answered; httpx.TransportError."""
+        """An answer that is read while it comes. Raises: what the server answered; one of TROUBLE."""
         with self._answer(self._requests.of(call, accept=accept)) as response:
             if response.status_code >= 300:
-                raise from_answer(response.status_code, response.read())
+                raise _refused(response, response.read(), self._config)
             yield response
 
     def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        with self._connecting:
+            transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()
 
     def _once(self, call: Call[T]) -> T:
         """An embedded server may have ended since it last answered: then the next one is asked."""
@@ -147,23 +156,34 @@ class Link:
 
     def _whole(self, call: Call[T], request: httpx.Request) -> T:
         with self._answer(request) as response:
-            return _read(response.status_code, response.read(), call)
+            return _read(response, response.read(), call, self._config)
 
     def _answer(self, request: httpx.Request) -> closing[httpx.Response]:
-        if self._transport is None:
-            if self._embedded is not None:
-                self._embedded.ensure()
-            self._transport = httpx.HTTPTransport(**_how(self._config, self._embedded))
-        return closing(self._transport.handle_request(request))
+        response = self._connected().handle_request(request)
+        forks.connected(response.extensions.get("network_stream"))
+        return closing(response)
+
+    def _connected(self) -> httpx.HTTPTransport:
+        with self._connecting:
+            if self._transport is None:
+                if self._embedded is not None:
+                    self._embedded.ensure()
+                self._transport = transport(httpx.HTTPTransport, *_where(self._config, self._embedded))
+            return self._transport
 
 
 class AsyncLink:
-    """The same for an event loop."""
+    """The same for event loops: one connection for each that it is used from, one after the other."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._embedded = Embedded(Places()) if config.base_url is None else None
+        self._embedded = _embedded(config)
         self._requests = Requests(config)
+        self.after_fork()
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        self._loop: object = None
         self._transport: httpx.AsyncHTTPTransport | None = None
 
     async def send(self, call: Call[T]) -> T:
@@ -171,24 +191,24 @@ class AsyncLink:
         for attempt in range(self._config.max_retries + 1):
             try:
                 return await self._once(call)
-            except httpx.TransportError as exc:
+            except TROUBLE as exc:
                 if attempt == self._config.max_retries or not repeatable(exc, call):
                     raise translated(exc, call) from exc
                 await anyio.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
-    async def upload(self, call: Call[T], around: Around, file: BinaryIO) -> T:
+    async def upload(self, call: Call[T], around: Around, source: Source) -> T:
         """As `Link.upload`; the file is read in a thread."""
 
         async def pieces() -> AsyncIterator[bytes]:
             yield around.head
-            while piece := await anyio.to_thread.run_sync(file.read, PIECE_BYTES):
+            while piece := await anyio.to_thread.run_sync(source.read):
                 yield piece
             yield around.tail
 
         try:
-            return await self._whole(call, self._requests.upload(call, around, file, pieces()))
-        except httpx.TransportError as exc:
+            return await self._whole(call, self._requests.upload(call, around, source, pieces()))
+        except TROUBLE as exc:
             raise translated(exc, call) from exc
 
     async def download(self, call: Call[bytes], file: BinaryIO) -> int:
@@ -196,9 +216,9 @@ class AsyncLink:
         size = 0
         try:
             async with self.opened(call, RAW) as response:
-                async for piece in response.aiter_raw():
+                async for piece in response.aiter_bytes():
                     size += await anyio.to_thread.run_sync(file.write, piece)
-        except httpx.TransportError as exc:
+        except TROUBLE as exc:
             raise translated(exc, call) from exc
         return size
 
@@ -207,13 +227,13 @@ class AsyncLink:
         """As `Link.opened`."""
         async with await self._answer(self._requests.of(call, accept=accept)) as response:
             if response.status_code >= 300:
-                raise from_answer(response.status_code, await response.aread())
+                raise _refused(response, await response.aread(), self._config)
             yield response
 
     async def aclose(self) -> None:
-        if self._transport is not None:
-            await self._transport.aclose()
-            self._transport = None
+        transport, self._transport = self._transport, None
+        if transport is not None and self._loop == anyio.lowlevel.current_token():
+            await transport.aclose()
 
     async def _once(self, call: Call[T]) -> T:
         try:
@@ -226,72 +246,47 @@ class AsyncLink:
 
     async def _whole(self, call: Call[T], request: httpx.Request) -> T:
         async with await self._answer(request) as response:
-            return _read(response.status_code, await response.aread(), call)
+            return _read(response, await response.aread(), call, self._config)
 
     async def _answer(self, request: httpx.Request) -> aclosing[httpx.Response]:
-        if self._transport is None and self._embedded is not None:
+        response = await (await self._connected()).handle_async_request(request)
+        forks.connected(response.extensions.get("network_stream"))
+        return aclosing(response)
+
+    async def _connected(self) -> httpx.AsyncHTTPTransport:
+        """A connection belongs to the event loop that it was made in: in another one there is none yet."""
+        loop = anyio.lowlevel.current_token()
+        if self._embedded is not None and (self._transport is None or self._loop != loop):
             await anyio.to_thread.run_sync(self._embedded.ensure)
-        if self._transport is None:  # nobody else made it meanwhile
-            self._transport = httpx.AsyncHTTPTransport(**_how(self._config, self._embedded))
-        return aclosing(await self._transport.handle_async_request(request))
+        if self._transport is None or self._loop != loop:  # nobody else made it meanwhile
+            self._transport = transport(httpx.AsyncHTTPTransport, *_where(self._config, self._embedded))
+            self._loop = loop
+        return self._transport
 
 
-def _how(config: Config, embedded: Embedded | None) -> dict[str, Any]:
-    """Of a transport: where to, and whom to believe."""
-    if embedded is not None:
-        return {"uds": str(embedded.socket), "verify": False, "limits": LIMITS}
-    url = str(config.base_url)
-    return {"verify": _verify(url), "limits": LIMITS, "proxy": _proxy(url)}
-
-
-def repeatable(exc: httpx.TransportError | ServerStopping, call: Call[T]) -> bool:
-    """Only what never went out or was not begun, or does no harm when it is done twice."""
-    not_begun = isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | ServerStopping)
-    return not_begun or call.repeatable
-
-
-def translated(exc: httpx.TransportError, call: Call[T]) -> NetworkError:
-    what = f"{call.method} {call.path}"
-    if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
-        return NetworkError(f"{what}: the server cannot be reached ({exc or type(exc).__name__})")
-    if isinstance(exc, httpx.TimeoutException):
-        return NetworkError(f"{what}: no answer within {call.answer_s:g} s")
-    return NetworkError(f"{what}: the connection broke before the answer was there ({exc or type(exc).__name__})")
-
-
-def _read(status: int, content: bytes, call: Call[T]) -> T:
-    if status >= 300:
-        raise from_answer(status, content)
-    return call.read(content)
-
-
-def _verify(url: str) -> bool | ssl.SSLContext:
-    """Certificates are checked for https://, always. For plain http nothing is loaded to check them with."""
-    return True if url.startswith("https://") else no_authorities()
-
-
-@functools.cache
-def no_authorities() -> ssl.SSLContext:
-    """Trusts nobody, so that it can be made in no time (loading the authorities takes 20 ms and more).
-
-    For connections without TLS. Should one of them ever come to TLS all the same, it is refused.
-    """
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def _proxy(url: str) -> str | None:
-    """The environment's proxy for this address, if it names one. Proxies are for addresses elsewhere, never for this machine."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if _is_here(host) or proxy_bypass(host):
+def _embedded(config: Config) -> Embedded | None:
+    """Loaded only when it is asked for: it needs Linux, and a client of another server does not."""
+    if config.base_url is not None:
         return None
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+    if sys.platform != "linux":
+        raise HostNotReady(
+            "only Linux can run sandboxes of its own: name a server with base_url or INSTAVM_BASE_URL"
+        )
+    from instavm.client.embedded import Embedded  # noqa: PLC0415
+    from instavm.settings import Places  # noqa: PLC0415
+
+    return Embedded(Places())
 
 
-def _is_here(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _where(config: Config, embedded: Embedded | None) -> tuple[str | None, Path | None]:
+    return config.base_url, None if embedded is None else embedded.socket
+
+
+def _refused(response: httpx.Response, content: bytes, config: Config) -> InstaVMError:
+    return from_answer(response.status_code, content, response.headers, config.base_url)
+
+
+def _read(response: httpx.Response, content: bytes, call: Call[T], config: Config) -> T:
+    if response.status_code >= 300:
+        raise _refused(response, content, config)
+    return call.read(content)

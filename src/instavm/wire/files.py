@@ -5,9 +5,10 @@ from __future__ import annotations
 import posixpath
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, SecretStr
+from pydantic import AfterValidator, SecretStr, ValidationInfo
 
 from instavm import limits
+from instavm.errors import InvalidInput
 from instavm.wire.base import Asked, Wire
 
 RAW: Final = "application/octet-stream"
@@ -24,7 +25,23 @@ def _sendable(path: str) -> str:
     return path
 
 
-FilePath = Annotated[str, AfterValidator(_sendable)]
+def no_tilde(path: str, info: ValidationInfo) -> str:
+    """`~` is a shell's word for a home folder: taken as it stands, it would make a folder of that name."""
+    if path == "~" or path.startswith("~/"):
+        raise InvalidInput(str(info.field_name), path, "a path without ~: write the home folder out, such as /root/…")
+    return path
+
+
+FilePath = Annotated[str, AfterValidator(_sendable), AfterValidator(no_tilde)]
+
+
+def _one_component(name: str) -> str:
+    if "/" in _sendable(name) or name in (".", "..") or len(name.encode()) > limits.FILE_NAME_BYTES:
+        raise ValueError("no name of a file")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_one_component)]
 
 
 class Upload(Asked):
@@ -32,6 +49,8 @@ class Upload(Asked):
 
     remote_path: FilePath
     session_id: str
+    file_name: FileName | None = None
+    """What the file is called in a `remote_path` that is a directory: any Unicode. None = as the part `file` says."""
 
 
 class Uploaded(Wire):
@@ -56,6 +75,25 @@ class Downloaded(Wire):
     filename: str
     content: str
     size: int
+
+
+def part_filename(name: str) -> str:
+    """`name` as the `filename` of a form's part: what does not fit between quotes is escaped, as browsers do it."""
+    return name.translate(_ESCAPED)
+
+
+def from_part_filename(raw: bytes) -> str:
+    """A part's `filename` as its client meant it: UTF-8, else Latin-1, which older clients send."""
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError:
+        name = raw.decode("latin-1")
+    for character, escaped in _ESCAPED.items():
+        name = name.replace(escaped, chr(character))
+    return name
+
+
+_ESCAPED: Final = {ord('"'): "%22", ord("\r"): "%0D", ord("\n"): "%0A"}
 
 
 def base_name(filename: str | None) -> str:

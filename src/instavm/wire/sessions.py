@@ -54,6 +54,12 @@ class CreateSession(Asked):
     require_isolation: RequireIsolation = None
 
 
+class Filter(Wire):
+    """What sandboxes are looked for by: those whose metadata contains all of these pairs."""
+
+    metadata: Metadata
+
+
 class Start(Wire):
     """How the sandbox came up: told in the session's record, and once with its first result."""
 

@@ -10,7 +10,8 @@ import instavm
 from instavm.client import results
 from instavm.client.calls import executions, sessions
 from instavm.client.config import Config
-from instavm.client.transport import no_authorities, repeatable
+from instavm.client.connecting import no_authorities
+from instavm.client.failures import repeatable
 from instavm.errors import InvalidInput, NetworkError
 from instavm.wire import executions as wire_executions
 from instavm.wire import sessions as wire

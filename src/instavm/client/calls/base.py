@@ -10,7 +10,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from instavm.client.results import Record
-from instavm.errors import NetworkError
+from instavm.errors import InvalidInput, NetworkError
 from instavm.wire.validation import refusal
 
 T = TypeVar("T")
@@ -35,15 +35,26 @@ class Call(Generic[T]):
     """Whether doing it twice does no harm. Running code is not: nobody knows what it does."""
 
 
-def ask(model: type[M], **given: Any) -> M:
+def ask(model: type[M], names: Mapping[str, str] | None = None, /, **given: Any) -> M:
     """A request, checked by the rules that the server applies. None means: leave it out.
 
+    names: wire field → the argument that the caller of the SDK gave, where the two differ.
     Raises: InvalidInput, before anything is sent.
     """
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
     try:
-        return model.model_validate({name: value for name, value in given.items() if value is not None})
+        return model.model_validate({name: value for name, value in plain.items() if value is not None})
     except ValidationError as exc:
-        raise refusal(exc.errors(include_url=False, include_context=False)) from None
+        refused = refusal(exc.errors(include_url=False, include_context=False))
+    except InvalidInput as exc:
+        refused = exc
+    field = (names or {}).get(refused.field, refused.field)
+    raise type(refused)(field, refused.value, refused.allowed) from None
+
+
+def body_of(given: BaseModel) -> bytes:
+    """What is sent of a request: what was given, as JSON. Raises: InvalidInput, for what JSON cannot hold."""
+    return given.model_dump_json(exclude_unset=True).encode()
 
 
 def reading(model: type[M]) -> Callable[[bytes], M]:
@@ -80,6 +91,13 @@ def records(kind: type[R], model: type[M]) -> Callable[[bytes], list[R]]:
     return read
 
 
-def segment(text: str) -> str:
-    """A path parameter, with nothing left that means anything in a URL."""
-    return quote(text, safe="")
+def segment(**named: str) -> str:
+    """A path parameter, given by its name, with nothing left that means anything in a URL. Raises: InvalidInput."""
+    [(argument, text)] = named.items()
+    allowed = "an id, as the server gave it"
+    if not isinstance(text, str) or not text:
+        raise InvalidInput(argument, text, allowed)
+    try:
+        return quote(text, safe="")
+    except UnicodeEncodeError:
+        raise InvalidInput(argument, text, allowed) from None

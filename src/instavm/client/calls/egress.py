@@ -61,4 +61,5 @@ def _policy(raw: bytes) -> EgressPolicy:
 
 
 def _path(target: Target, name: str) -> str:
-    return f"/v1/egress/{target}/{segment(name)}"
+    named = {f"{target}_id": name}
+    return f"/v1/egress/{target}/{segment(**named)}"

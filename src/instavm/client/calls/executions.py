@@ -6,12 +6,14 @@ from http import HTTPStatus
 from typing import Final
 
 from instavm import limits
-from instavm.client.calls.base import Call, ask, reading, segment
+from instavm.client.calls.base import Call, ask, body_of, reading, segment
 from instavm.client.errors import from_answer
 from instavm.client.results import Execution
 from instavm.wire import executions as wire
 from instavm.wire.streams import Cancelled
 
+CODE: Final = {"command": "code"}
+"""Wire field → argument."""
 START_S: Final = 180.0
 """Added to the time the code may take: its sandbox may have to boot, and other code may be running there."""
 
@@ -23,13 +25,13 @@ def execute(session_id: str | None, code: str, language: str, timeout: float | N
     that, so that the answer always wins.
     Raises: InvalidInput.
     """
-    given = ask(wire.Execute, command=code, session_id=session_id, language=language, timeout=timeout)
+    given = ask(wire.Execute, CODE, command=code, session_id=session_id, language=language, timeout=timeout)
     code_s = limits.EXECUTE_TIMEOUT_S_DEFAULT if given.timeout is None else given.timeout
     return Call(
         "POST",
         "/execute",
         _result,
-        given.model_dump_json(exclude_unset=True).encode(),
+        body_of(given),
         answer_s=code_s + START_S,
         repeatable=False,
     )
@@ -37,7 +39,7 @@ def execute(session_id: str | None, code: str, language: str, timeout: float | N
 
 def cancel(execution_id: str) -> Call[bool]:
     """Stop a followed execution; whether it was still running."""
-    path = f"/v1/executions/{segment(execution_id)}/cancel"
+    path = f"/v1/executions/{segment(execution_id=execution_id)}/cancel"
     return Call("POST", path, lambda raw: reading(Cancelled)(raw).status == "cancelling", b"{}")
 
 

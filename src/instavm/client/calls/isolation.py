@@ -9,5 +9,5 @@ from instavm.wire import isolation as wire
 
 def get(vm_id: str) -> Call[Isolation]:
     read = reading(wire.Isolation)
-    path = f"/v1/vms/{segment(vm_id)}/isolation"
+    path = f"/v1/vms/{segment(vm_id=vm_id)}/isolation"
     return Call("GET", path, lambda raw: Isolation(read(raw).model_dump(mode="json")))

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from instavm import limits
-from instavm.client.calls.base import Call, ask, reading, segment
+from instavm.client.calls.base import Call, ask, body_of, reading, segment
+from instavm.client.calls.files import RemotePath, remote_path
 from instavm.client.results import ProcessInfo, ProcessOutput, Record
-from instavm.client.streaming import SILENCE_S, Lines, nothing
+from instavm.client.streaming import SILENCE_S, Events, nothing
 from instavm.errors import InvalidInput, NetworkError
 from instavm.wire import processes as wire
 from instavm.wire.base import Wire
@@ -41,17 +42,18 @@ class ProcessEvent(Record):
 
 
 def start(
-    session_id: str, command: str | Sequence[str], shell: str, cwd: str | None, env: Mapping[str, Any] | None
+    session_id: str, command: str | Sequence[str], shell: str, cwd: RemotePath | None, env: Mapping[str, Any] | None
 ) -> Call[ProcessInfo]:
     """Raises: InvalidInput."""
+    words = isinstance(command, Sequence) and not isinstance(command, str | bytes | bytearray)
     given = ask(
         wire.StartProcess,
-        command=command if isinstance(command, str) else list(command),
+        command=list(command) if words else command,
         shell=shell,
-        cwd=cwd,
+        cwd=None if cwd is None else remote_path(cwd, "cwd"),
         env=env,
     )
-    body = given.model_dump_json(exclude_unset=True).encode()
+    body = body_of(given)
     read = _as(wire.Process, ProcessInfo)
     return Call("POST", _path(session_id), read, body, answer_s=START_S, repeatable=False)
 
@@ -70,7 +72,10 @@ def read(session_id: str, process_id: str, after: int) -> Call[ProcessOutput]:
 
 def write(session_id: str, process_id: str, data: str | bytes, close: bool) -> Call[ProcessInfo]:
     """Raises: InvalidInput."""
-    raw = data.encode() if isinstance(data, str) else bytes(data)
+    try:
+        raw = data.encode() if isinstance(data, str) else bytes(memoryview(data))
+    except (TypeError, UnicodeEncodeError):
+        raise InvalidInput("data", f"a {type(data).__name__}", "bytes, or text that can be written as UTF-8") from None
     given = ask(wire.Stdin, data=base64.b64encode(raw).decode(), encoding="base64", close=close)
     given.decoded()
     return _post(session_id, process_id, "stdin", given, repeatable=False)
@@ -87,7 +92,7 @@ def wait(session_id: str, process_id: str, timeout_s: float | None) -> Call[Proc
     return _post(session_id, process_id, "wait", given, repeatable=True)
 
 
-class Follower(Lines):
+class Follower(Events):
     """Of a process's output: the position in it is where it is taken up again, by whatever server."""
 
     def __init__(self, session_id: str, process_id: str, after: int) -> None:
@@ -115,7 +120,7 @@ def _post(session_id: str, process_id: str, what: str, given: Wire, *, repeatabl
 
 
 def _path(session_id: str, *more: str) -> str:
-    return "/".join(("/v1/sessions", segment(session_id), "processes", *(segment(one) for one in more)))
+    return "/".join(("/v1/sessions", segment(session_id=session_id), "processes", *(segment(process_id=one) for one in more)))
 
 
 def _as(model: type[Wire], result: type[R]) -> Any:

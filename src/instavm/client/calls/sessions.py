@@ -33,18 +33,16 @@ def wanted(
     require_isolation: str | None = None,
 ) -> wire.CreateSession:
     """Raises: InvalidInput, for a size, a lifetime, an environment or metadata that no server would take."""
-    try:
-        return ask(
-            wire.CreateSession,
-            vm_lifetime_seconds=lifetime_s,
-            vcpu_count=cpu_count,
-            memory_mb=memory_mb,
-            env=env,
-            metadata=metadata,
-            require_isolation=require_isolation,
-        )
-    except InvalidInput as exc:
-        raise InvalidInput(ARGUMENTS.get(exc.field, exc.field), exc.value, exc.allowed) from None
+    return ask(
+        wire.CreateSession,
+        ARGUMENTS,
+        vm_lifetime_seconds=lifetime_s,
+        vcpu_count=cpu_count,
+        memory_mb=memory_mb,
+        env=env,
+        metadata=metadata,
+        require_isolation=require_isolation,
+    )
 
 
 def create(api_key: str, given: wire.CreateSession) -> Call[str]:
@@ -70,8 +68,10 @@ def usage(session_id: str) -> Call[SessionUsage]:
 
 
 def app_url(session_id: str, port: int) -> Call[AppUrl]:
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
+        raise InvalidInput("port", port, limits.ALLOWED["port"])
     read = reading(wire.AppUrl)
-    path = f"/v1/sessions/app-url/{segment(session_id)}"
+    path = f"/v1/sessions/app-url/{segment(session_id=session_id)}"
     return Call("GET", path, lambda raw: AppUrl(read(raw).model_dump(mode="json")), params={"port": str(port)})
 
 
@@ -81,7 +81,7 @@ def sandboxes(metadata: Mapping[str, Any] | None, limit: int) -> Call[list[Sandb
         raise InvalidInput("limit", limit, limits.ALLOWED["limit"])
     params = {"limit": str(limit)}
     if metadata:
-        params["metadata"] = json.dumps(dict(metadata), separators=(",", ":"))
+        params["metadata"] = json.dumps(ask(wire.Filter, metadata=metadata).metadata, separators=(",", ":"))
     return Call("GET", "/v1/sessions/sandboxes", _read_sandboxes, params=params)
 
 
@@ -91,7 +91,7 @@ def kill(session_id: str) -> Call[None]:
 
 def _about(what: str, session_id: str, model: type[Wire], result: type[R]) -> Call[R]:
     read = reading(model)
-    path = f"/v1/sessions/{what}/{segment(session_id)}"
+    path = f"/v1/sessions/{what}/{segment(session_id=session_id)}"
     return Call("GET", path, lambda raw: result(read(raw).model_dump(mode="json")))
 
 

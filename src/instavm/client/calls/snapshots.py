@@ -55,23 +55,23 @@ def list_(type: str | None = None) -> Call[list[Snapshot]]:
 
 
 def get(snapshot_id: str) -> Call[Snapshot]:
-    return Call("GET", f"/v1/snapshots/{segment(snapshot_id)}", record(Snapshot, wire.Snapshot))
+    return Call("GET", f"/v1/snapshots/{segment(snapshot_id=snapshot_id)}", record(Snapshot, wire.Snapshot))
 
 
 def logs(snapshot_id: str, offset: int = 0) -> Call[Record]:
     """What the build has printed from character `offset` on: `log`, `next_offset`, `is_complete`, `stage`, `progress`."""
-    path = f"/v1/snapshots/{segment(snapshot_id)}/logs"
+    path = f"/v1/snapshots/{segment(snapshot_id=snapshot_id)}/logs"
     return Call("GET", path, record(Record, wire.SnapshotLog), params={"offset": str(offset)})
 
 
 def cancel(snapshot_id: str) -> Call[Snapshot]:
     """End a build; it is `failed` then."""
-    return Call("POST", f"/v1/snapshots/{segment(snapshot_id)}/cancel", record(Snapshot, wire.Snapshot))
+    return Call("POST", f"/v1/snapshots/{segment(snapshot_id=snapshot_id)}/cancel", record(Snapshot, wire.Snapshot))
 
 
 def delete(snapshot_id: str) -> Call[Record]:
     """Remove one; what runs from it runs on."""
-    return Call("DELETE", f"/v1/snapshots/{segment(snapshot_id)}", record(Record, wire.DeletedSnapshot))
+    return Call("DELETE", f"/v1/snapshots/{segment(snapshot_id=snapshot_id)}", record(Record, wire.DeletedSnapshot))
 
 
 def garbage(dry_run: bool = False) -> Call[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from instavm.client.calls.base import Call, ask, record, records, segment
+from instavm.client.calls.base import Call, ask, body_of, record, records, segment
 from instavm.client.results import Forked, Record, Resumed, Snapshot, Suspended, VmRecord
 from instavm.wire import snapshots as snapshots_wire
 from instavm.wire import vms as wire
@@ -19,7 +19,7 @@ def create(wait: bool = True, **wanted: Any) -> Call[VmRecord]:
 
     Raises: InvalidInput; NotFound, SnapshotError (it is not ready); QuotaExceededError, NoCapacity, BootFailed.
     """
-    body = ask(wire.CreateVm, **wanted).model_dump_json(exclude_unset=True).encode()
+    body = body_of(ask(wire.CreateVm, **wanted))
     return _call("POST", "/v1/vms", VmRecord, wire.Vm, body, params={"wait": _word(wait)})
 
 
@@ -42,7 +42,7 @@ def update(vm_id: str, **wanted: Any) -> Call[VmRecord]:
 
     Raises: UnsupportedOperationError: another `memory_mb` than it has.
     """
-    body = ask(wire.UpdateVm, **wanted).model_dump_json(exclude_unset=True).encode()
+    body = body_of(ask(wire.UpdateVm, **wanted))
     return _call("PATCH", _path(vm_id), VmRecord, wire.Vm, body)
 
 
@@ -62,13 +62,13 @@ def resume(vm_id: str, wait: bool = True) -> Call[Resumed]:
 
 def fork(vm_id: str, count: int = 1, env: Mapping[str, Any] | None = None) -> Call[Forked]:
     """Copies of a running VM, memory and disk; it goes on. count: 1 to 64. env: on top, in each copy. Raises: as `create`."""
-    body = ask(wire.ForkVm, count=count, env=env).model_dump_json(exclude_unset=True).encode()
+    body = body_of(ask(wire.ForkVm, count=count, env=env))
     return _call("POST", _path(vm_id, "fork"), Forked, wire.Forked, body, repeatable=False)
 
 
 def clone(vm_id: str, wait: bool = True, snapshot_name: str | None = None) -> Call[Record]:
     """A new VM on a copy of the disk. snapshot_name: the snapshot behind it is kept, under this name."""
-    body = ask(wire.CloneVm, snapshot_name=snapshot_name).model_dump_json(exclude_unset=True).encode()
+    body = body_of(ask(wire.CloneVm, snapshot_name=snapshot_name))
     return _call(
         "POST", _path(vm_id, "clone"), Record, wire.Cloned, body, params={"wait": _word(wait)}, repeatable=False
     )
@@ -80,7 +80,7 @@ def snapshot(vm_id: str, wait: bool = True, name: str | None = None) -> Call[Sna
     wait: until it has been booted once, so that VMs of it start fast; else it is `creating` until then.
     Raises: SnapshotError, DiskFull, QuotaExceededError.
     """
-    body = ask(wire.SnapshotVm, name=name).model_dump_json(exclude_unset=True).encode()
+    body = body_of(ask(wire.SnapshotVm, name=name))
     params = {"wait": _word(wait)}
     path = _path(vm_id, "snapshot")
     return _call("POST", path, Snapshot, snapshots_wire.Snapshot, body, params=params, repeatable=False)
@@ -115,7 +115,7 @@ def _call(
 
 
 def _path(vm_id: str, what: str = "") -> str:
-    return f"/v1/vms/{segment(vm_id)}{'/' + what if what else ''}"
+    return f"/v1/vms/{segment(vm_id=vm_id)}{'/' + what if what else ''}"
 
 
 def _word(flag: bool) -> str:

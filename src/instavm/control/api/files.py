@@ -36,6 +36,7 @@ _FORM: Final[dict[str, Any]] = {
     "properties": {
         "remote_path": {"type": "string"},
         "session_id": {"type": "string"},
+        "file_name": {"type": "string"},
         "recursive": {"type": "string"},
         "file": {"type": "string", "format": "binary"},
     },
@@ -49,13 +50,13 @@ _FORM: Final[dict[str, Any]] = {
     openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}},
 )
 async def upload(request: Request, here: Here) -> wire.Uploaded:
-    """Straight into the sandbox. `file` comes last; of its filename only the base name counts, and only for directories."""
+    """Straight into the sandbox. `file` comes last; a directory takes it as `file_name`, else by its own filename."""
     form = Form(request)
     try:
         await form.until_file()
         caller = await caller_with(request, here, form.fields.get("api_key"))
         ask = _checked(wire.Upload, form.fields)
-        name = wire.base_name(form.filename)
+        name = ask.file_name or wire.base_name(form.filename)
         stored = await here.files.put(caller, ask.session_id, ask.remote_path, name, form.chunks())
     except InstaVMError:
         with anyio.move_on_after(DRAIN_S):
@@ -117,7 +118,10 @@ async def _as_json(filename: str, pieces: AsyncIterator[bytes]) -> AsyncIterator
 async def _given(request: Request) -> dict[str, Any]:
     body = await request.body()
     if "json" not in request.headers.get("content-type", ""):
-        return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
+        try:
+            return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict"))
+        except ValueError:
+            raise BadRequest("body", "text that is not UTF-8", "a form, or a JSON object") from None
     try:
         given = parsed(body)
     except ValueError:

@@ -11,7 +11,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from instavm import limits
-from instavm.errors import BadRequest, NetworkError, TooLarge
+from instavm.errors import BadRequest, InvalidInput, NetworkError, TooLarge
+from instavm.wire.files import from_part_filename
 
 FILE: Final = "file"
 
@@ -79,14 +80,15 @@ class Form:
         self._header[1] += data[start:end]
 
     def on_header_end(self) -> None:
-        self._headers[self._header[0].decode("latin-1").lower()] = self._header[1].decode("utf-8", "replace")
+        # Latin-1 keeps the bytes as they are, also through `parse_options_header`: their encoding is told later
+        self._headers[self._header[0].decode("latin-1").lower()] = self._header[1].decode("latin-1")
         self._header = [b"", b""]
 
     def on_headers_finished(self) -> None:
         _, options = parse_options_header(self._headers.get("content-disposition", ""))
         self._name = options.get(b"name", b"").decode("utf-8", "replace")
         if self._state == "text" and self._name == FILE:
-            self.filename = options.get(b"filename", b"").decode("utf-8", "replace")
+            self.filename = from_part_filename(options.get(b"filename", b""))
             self._state = "file"
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -100,7 +102,10 @@ class Form:
         if self._state == "file":
             self._state = "over"
         elif self._state == "text":
-            self.fields[self._name] = self._value.decode("utf-8", "replace")
+            try:
+                self.fields[self._name] = self._value.decode()
+            except UnicodeDecodeError:
+                raise InvalidInput(self._name, self._value, "text in UTF-8") from None
 
     def _count(self, size: int) -> None:
         self._text_bytes += size
