@@ -101,6 +101,12 @@ def vm(server):
         yield vm
 
 
+@pytest.fixture(scope="module")
+def module_vm(server):
+    with server.client() as vm:
+        yield vm
+
+
 @pytest.fixture
 def http(server):
     """Plain HTTP with the first account's key."""

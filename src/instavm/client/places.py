@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import posixpath
@@ -143,8 +144,8 @@ def _direct(place: Path) -> Iterator[BinaryIO]:
 def _aside(place: Path) -> Iterator[BinaryIO]:
     """Written beside `place` and moved there at the end of the block."""
     was = place.stat() if place.exists() else None
-    if was is not None and not os.access(place, os.W_OK):
-        raise PermissionError(13, os.strerror(13), str(place))
+    if was is not None and not os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     part = place.with_name(f".instavm-{secrets.token_hex(8)}")
     number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
     try:
