@@ -1,5 +1,5 @@
-"""The `instavm` command. Exit status: 0, 1 with `Error: …` on stderr, 130 when interrupted; `exec` passes the
-code's on.
+"""The `instavm` command. Exit status: 0, 1 with `Error: …` on stderr, 128 and its number when a signal
+ended it (130 after Ctrl-C), 141 when nobody reads the output; `exec` passes the code's on.
 """
 
 from __future__ import annotations

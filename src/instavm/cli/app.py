@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from instavm.cli import (
     bench,
@@ -17,24 +18,47 @@ from instavm.cli import (
     keys,
     processes,
     server,
+    signals,
     snapshots,
     templates,
     tenants,
+    terminal,
     version,
 )
 from instavm.errors import InstaVMError
 
-INTERRUPTED: Final = 130
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Typer would end with exit status 1 when nobody reads the output, as if the command had failed."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            terminal.give_up_output()
+            raise signals.Ended(terminal.PIPE) from exc
+
 
 app = typer.Typer(
     name="instavm",
+    cls=Commands,
     help="Run code in a microVM of its own, on your own machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def instavm(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=version.asked, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 app.command("exec", help="Run code in a fresh sandbox and print what it prints.")(execute.execute)
-app.command("run", help="Run a program in a session's sandbox, in the background with --detach.")(processes.run)
+app.command("run", cls=processes.Run, help="Run a program in a session's sandbox; --detach lets it run.")(processes.run)
 app.command("ps", help="List the processes of a session's sandbox.")(processes.ps)
 app.command("logs", help="Print what a process has written.")(processes.logs)
 app.command("kill", help="End a process, or send it a signal.")(processes.kill)
@@ -52,6 +76,20 @@ app.add_typer(tenants.app, name="tenant", help="Accounts of this host's server, 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Returns: the exit status; 2 for a command line that cannot be read."""
+    terminal.prepare()
+    try:
+        with signals.raised():
+            status = _status(arguments)
+        sys.stdout.flush()
+        return status
+    except signals.Ended as exc:
+        return exc.exit_status
+    except BrokenPipeError:
+        terminal.give_up_output()
+        return terminal.NOBODY_READS
+
+
+def _status(arguments: Sequence[str] | None) -> int:
     try:
         app(args=arguments, prog_name="instavm")
     except SystemExit as exc:
@@ -59,6 +97,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except InstaVMError as exc:
         print(f"Error: {exc}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return 0

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
 from instavm import limits
-from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment, language_of
+from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment
+from instavm.cli.signals import held
+from instavm.cli.source import source
+from instavm.cli.terminal import waiting
 from instavm.client.explain import explain
 from instavm.client.results import Execution
 from instavm.client.streaming import StreamEvent
+from instavm.client.sync import InstaVM
 
-STDIN: Final = "-"
+SLOW_S: Final = 3.0
+"""A sandbox of a known size is there in less."""
+PREPARING: Final = "still waiting: a sandbox of a new size has its template prepared first, which takes up to a minute"
 FAILED: Final = 1
 """Exit status when the code's own is unknown."""
 
@@ -29,7 +34,7 @@ def execute(
     language: Annotated[
         str | None,
         typer.Option(
-            "--language", "-l", help="python, bash, sh or javascript. Else by the file's name (.py, .sh), else python."
+            "--language", "-l", help="python, bash, sh or javascript. Else by the file's name or first line (#!), else python."
         ),
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds the code may take, 1 to 600.")] = None,
@@ -41,43 +46,35 @@ def execute(
     base_url: BaseUrl = None,
 ) -> None:
     """Run code in a fresh sandbox; the exit status is the code's own."""
-    text, by_name = _source(code)
-    with client(
+    text, spoken = source(code, language)
+    vm = client(
         api_key,
         base_url,
         timeout=limits.LIFETIME_S_DEFAULT if timeout is None else _lifetime_s(timeout),
         cpu_count=cpu,
         memory_mb=memory,
         env=environment(env or []),
-    ) as vm:
-        if as_json:
-            result = vm.execute(text, language or by_name or "python", timeout)
-            print(json.dumps(result))
-        else:
-            result = _live(vm.stream(text, language or by_name or "python", timeout))
+        auto_start_session=False,
+    )
+    with vm:
+        with held():
+            vm.start_session()
+        with waiting(SLOW_S, PREPARING, still=lambda: not vm.is_session_active()):
+            result = _result(vm, text, spoken, timeout, as_json=as_json)
     raise typer.Exit(FAILED if result.exit_code is None else result.exit_code & 0xFF)
-
-
-def _source(code: str | None) -> tuple[str, str | None]:
-    """The code, and its language as far as the name of its file tells."""
-    if code is None or code == STDIN:
-        return sys.stdin.read(), None
-    file = Path(code)
-    try:
-        found = "\n" not in code and file.is_file()
-    except (OSError, ValueError):
-        found = False
-    if not found:
-        return code, None
-    try:
-        return file.read_text(encoding="utf-8"), language_of(file)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise typer.BadParameter(f"{file} cannot be read as UTF-8 text: {exc}") from exc
 
 
 def _lifetime_s(timeout: float) -> int:
     """Long enough for the code, with room for the answer."""
     return max(limits.LIFETIME_S_DEFAULT, int(timeout) + 60)
+
+
+def _result(vm: InstaVM, code: str, language: str, timeout: float | None, *, as_json: bool) -> Execution:
+    if not as_json:
+        return _live(vm.stream(code, language, timeout))
+    result = vm.execute(code, language, timeout)
+    print(json.dumps(result))
+    return result
 
 
 def _live(events: Iterator[StreamEvent]) -> Execution:

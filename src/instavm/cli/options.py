@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
+from instavm.client.embedded import Embedded
 from instavm.client.sync import InstaVM
 from instavm.errors import InvalidInput
+from instavm.settings import Places
 
 LOCAL_KEY: Final = "local"
 """Sent when no key is given: the embedded server takes any."""
@@ -23,11 +24,14 @@ AsJson = Annotated[bool, typer.Option("--json", "-j", help="Print one JSON objec
 
 
 def client(api_key: str | None, base_url: str | None, **more: Any) -> InstaVM:
-    """A client, with no key needed for the embedded server. Raises: as `InstaVM`."""
+    """A client, with no key needed for the embedded server, which runs when this returns. Raises: as `InstaVM`."""
     embedded = not (base_url or os.environ.get("INSTAVM_BASE_URL"))
     if not api_key and embedded and not os.environ.get("INSTAVM_API_KEY"):
         api_key = LOCAL_KEY
-    return InstaVM(api_key, base_url, **more)
+    vm = InstaVM(api_key, base_url, **more)
+    if embedded:
+        Embedded(Places()).ensure()
+    return vm
 
 
 def environment(pairs: list[str]) -> dict[str, str]:
@@ -39,8 +43,3 @@ def environment(pairs: list[str]) -> dict[str, str]:
             raise InvalidInput("env", name, "NAME=VALUE")
         env[name] = value
     return env
-
-
-def language_of(file: Path) -> str | None:
-    """What a file's name says about its language, if anything."""
-    return {".py": "python", ".sh": "bash", ".bash": "bash", ".js": "javascript"}.get(file.suffix)

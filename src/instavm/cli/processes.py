@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand, TyperOption
 
 from instavm import limits
 from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment
+from instavm.cli.signals import Ended, held
 from instavm.client.processes import Process
 from instavm.client.sync import InstaVM
+from instavm.errors import ProcessEnded
 
 Session = Annotated[str, typer.Argument(help="Id of the session in whose sandbox it runs.")]
 ProcessId = Annotated[str, typer.Argument(metavar="PROCESS", help="Id of the process, as `instavm ps` shows it.")]
+GRACE_S: Final = 5.0
+"""How long a process may take to end by itself after a signal to end."""
 SHOWN = ("process_id", "pid", "status", "exit_code", "started_at", "command")
+
+
+class Run(TyperCommand):
+    """What follows the program belongs to it: `instavm run SESSION ls -la` needs no `--`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._with_end_of_options(args))
+
+    def _with_end_of_options(self, args: list[str]) -> list[str]:
+        """A command in one argument with spaces is a line for the shell: behind it, options are still ours."""
+        takes_value = {name: not one.is_flag for one in self.params for name in one.opts if isinstance(one, TyperOption)}
+        at, words = 0, 0
+        while at < len(args) and args[at] != "--":
+            if args[at].startswith("-") and args[at] != "-":
+                at += 2 if takes_value.get(args[at], False) else 1
+                continue
+            words += 1
+            if words == 2 and not re.search(r"\s", args[at]):
+                return [*args[:at], "--", *args[at:]]
+            at += 1
+        return args
 
 
 def run(
     session: Session,
-    command: Annotated[list[str], typer.Argument(help="A line for bash; or, after --, a program with its arguments.")],
+    command: Annotated[list[str], typer.Argument(help="A line for bash, or a program with its arguments.")],
     *,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Print its id and let it run.")] = False,
     cwd: Annotated[str | None, typer.Option(help="Where it runs; else /app.")] = None,
@@ -33,14 +60,26 @@ def run(
     api_key: ApiKey = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Start a process; without --detach, print what it writes and pass its exit status on."""
+    """Start a process; without --detach, print what it writes and pass its exit status on.
+
+    Ctrl-C, or another signal to end, is passed on to the process, which is killed if it does not end.
+    """
     with _bound(session, api_key, base_url) as vm:
         line = command[0] if len(command) == 1 else command
-        process = vm.processes.start(line, env=environment(env or []), cwd=cwd)
+        with held():
+            process = vm.processes.start(line, env=environment(env or []), cwd=cwd)
         if as_json or detach:
             print(json.dumps(process.info) if as_json else process.id)
             return
-        _follow(process, 0)
+        shown = Shown(process)
+        try:
+            shown.follow(0)
+        except Ended as exc:
+            _end(process, shown, exc.number)
+            raise
+        except BrokenPipeError:
+            process.kill()
+            raise
         raise typer.Exit(_status(process))
 
 
@@ -73,7 +112,7 @@ def logs(
     with _bound(session, api_key, base_url) as vm:
         found = vm.processes.get(process)
         if follow:
-            _follow(found, since)
+            Shown(found).follow(since)
             return
         window = found.read(since)
     if as_json:
@@ -112,14 +151,36 @@ def _bound(session: str, api_key: str | None, base_url: str | None) -> Iterator[
         vm.close()
 
 
-def _follow(process: Process, since: int) -> None:
-    for event in process.follow(since):
-        if event.type == "lost":
-            _lost(event.lost)
-        elif event.type in ("stdout", "stderr"):
-            stream = sys.stdout if event.type == "stdout" else sys.stderr
-            stream.write(event.text)
-            stream.flush()
+class Shown:
+    """Prints what a process writes, and remembers how far it was printed."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.position = 0
+
+    def follow(self, since: int) -> None:
+        """Until its end."""
+        self.position = since
+        for event in self._process.follow(since):
+            if event.type == "lost":
+                _lost(event.lost)
+            elif event.type in ("stdout", "stderr"):
+                stream = sys.stdout if event.type == "stdout" else sys.stderr
+                stream.write(event.text)
+                stream.flush()
+            self.position = event.position
+
+
+def _end(process: Process, shown: Shown, number: int) -> None:
+    """Pass the signal on, and show what the process writes until it ends; kill it when it takes too long."""
+    try:
+        process.signal(number)
+        process.wait(GRACE_S)
+    except ProcessEnded:
+        pass
+    except TimeoutError:
+        process.kill()
+    shown.follow(shown.position)
 
 
 def _lost(size_bytes: int) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from instavm.cli.options import ApiKey, AsJson, BaseUrl, client, environment
+from instavm.cli.signals import Ended, held
 from instavm.client.sync import InstaVM
 from instavm.errors import SnapshotError
 
@@ -112,7 +113,7 @@ def build(
     api_key: ApiKey = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Build a snapshot from an OCI image and follow it to its end. Ctrl-C cancels the build."""
+    """Build a snapshot from an OCI image and follow it to its end. Ctrl-C, or another signal to end, cancels the build."""
     args = {
         "extra_apt_packages": apt,
         "extra_pip_packages": pip,
@@ -124,19 +125,21 @@ def build(
         "envs": environment(env or []) or None,
     }
     vm = _client(api_key, base_url)
-    row = vm.snapshots.create(
-        image,
-        name=name,
-        vcpu_count=cpu,
-        memory_mb=memory,
-        build_args={key: value for key, value in args.items() if value is not None},
-        registry_username=username,
-        registry_password=None if password_file is None else password_file.read_text().strip(),
-        egress_policy={"allowed_domains": domain, "allowed_cidrs": cidr} if domain or cidr else None,
-    )
+    password = None if password_file is None else password_file.read_text().strip()
+    with held():
+        row = vm.snapshots.create(
+            image,
+            name=name,
+            vcpu_count=cpu,
+            memory_mb=memory,
+            build_args={key: value for key, value in args.items() if value is not None},
+            registry_username=username,
+            registry_password=password,
+            egress_policy={"allowed_domains": domain, "allowed_cidrs": cidr} if domain or cidr else None,
+        )
     try:
         _follow(vm, row["id"], quiet=as_json)
-    except KeyboardInterrupt:
+    except (Ended, BrokenPipeError):
         vm.snapshots.cancel(row["id"])
         raise
     row = vm.snapshots.get(row["id"])

@@ -7,7 +7,6 @@ until that one listens, so a client that is interrupted in between opens no gap.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import importlib.util
 import os
@@ -111,6 +110,8 @@ class Embedded:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
         """Never unlocked, only closed: the server that was started holds the same lock until it is ready."""
+        import fcntl  # noqa: PLC0415 (this module is loaded also where there is none)
+
         _private_dir(self._places.runtime_dir)
         lock = os.open(self._places.start_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -44,17 +44,15 @@ def private(*descriptors: int) -> Iterator[None]:
 
 
 def _in_child() -> None:
-    for one in list(_forkable):
-        one.after_fork()
+    sockets = [one.get_extra_info("socket") for one in list(_streams)]
+    _replaced([one.fileno() for one in sockets if one is not None and one.fileno() >= 0])
+    _streams.clear()
     for descriptor in _descriptors:
         with suppress(OSError):  # another thread of the parent was about to close it
             os.close(descriptor)
     _descriptors.clear()
-    sockets = [one.get_extra_info("socket") for one in list(_streams)]
-    _streams.clear()
-    numbers = [one.fileno() for one in sockets if one is not None and one.fileno() >= 0]
-    if numbers:
-        _replaced(numbers)
+    for one in list(_forkable):
+        one.after_fork()
 
 
 def _replaced(numbers: list[int]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from instavm import __version__
 from instavm.cli.app import run
-from instavm.cli.options import environment, language_of
+from instavm.cli.options import environment
 from instavm.errors import InvalidInput
 
 
@@ -16,8 +16,9 @@ def place(tmp_path, monkeypatch):
         monkeypatch.setenv(f"INSTAVM_{name}_DIR", str(tmp_path / name.lower()))
 
 
-def test_version(capsys):
-    assert run(["version"]) == 0
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_version(capsys, asked):
+    assert run([asked]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
@@ -71,8 +72,3 @@ def test_the_environment_is_given_as_pairs():
     assert environment(["A=1", "B=x=y", "C="]) == {"A": "1", "B": "x=y", "C": ""}
     with pytest.raises(InvalidInput, match="NAME=VALUE"):
         environment(["A"])
-
-
-@pytest.mark.parametrize(("name", "language"), [("a.py", "python"), ("a.sh", "bash"), ("a.bash", "bash"), ("a", None)])
-def test_a_file_name_tells_the_language(tmp_path, name, language):
-    assert language_of(tmp_path / name) == language
