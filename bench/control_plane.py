@@ -126,6 +126,9 @@ class NullNode:
     async def isolation(self, vm_id: str) -> Isolation:
         return Isolation({"vm_id": vm_id}, "", "")
 
+    async def responds(self, within_s: float) -> bool:
+        return True
+
     def memory(self) -> HostMemory:
         return HostMemory(1 << 30, 1 << 30)
 

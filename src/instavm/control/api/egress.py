@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from instavm.control.api.description import IN_SANDBOX, problems
 from instavm import limits, refusals
+from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.control import Control
 from instavm.control.sessions import Session
