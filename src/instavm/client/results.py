@@ -143,6 +143,8 @@ class SessionInfo(Record):
     env_keys: list[str]
     egress_policy: EgressPolicy
     start: Start | None
+    error: str | None
+    """Why its latest sandbox failed, in a sentence; None when it did not."""
 
 
 class SessionStatus(Record):

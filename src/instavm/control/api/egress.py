@@ -64,7 +64,7 @@ async def vm_log(vm_id: str, caller: Caller, here: Here) -> wire.EgressLog:
     return _log(*await here.egress.log(session, vm_id))
 
 
-@router.get("/v1/egress/session/{session_id}/check")
+@router.get("/v1/egress/session/{session_id}/check", responses=problems(404, 409, 410))
 async def check_session(
     session_id: str, caller: Caller, here: Here, host: Host, port: Port = 443, protocol: Protocol = "tcp"
 ) -> wire.EgressCheck:
@@ -73,23 +73,25 @@ async def check_session(
     return await _check(here, await here.sessions.get(caller, session_id), ask)
 
 
-@router.post("/v1/egress/session/{session_id}/check")
+@router.post("/v1/egress/session/{session_id}/check", responses=problems(404, 409, 410))
 async def try_session(session_id: str, ask: wire.CheckEgress, caller: Caller, here: Here) -> wire.EgressCheck:
     """The same under a policy that is not set, as a trial."""
     return await _check(here, await here.sessions.get(caller, session_id), ask)
 
 
-@router.get("/v1/egress/vm/{vm_id}/check")
+@router.get("/v1/egress/vm/{vm_id}/check", responses=problems(404, 409, 410))
 async def check_vm(
     vm_id: str, caller: Caller, here: Here, host: Host, port: Port = 443, protocol: Protocol = "tcp"
 ) -> wire.EgressCheck:
+    """As the check of a session, of one VM."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
     here.egress.of_vm(session, vm.id)
     return await _check(here, session, wire.CheckEgress(host=host, port=port, protocol=protocol))
 
 
-@router.post("/v1/egress/vm/{vm_id}/check")
+@router.post("/v1/egress/vm/{vm_id}/check", responses=problems(404, 409, 410))
 async def try_vm(vm_id: str, ask: wire.CheckEgress, caller: Caller, here: Here) -> wire.EgressCheck:
+    """As the check of a session, of one VM."""
     session, vm = await here.sessions.of_vm(caller, vm_id)
     here.egress.of_vm(session, vm.id)
     return await _check(here, session, ask)
