@@ -7,9 +7,11 @@ import anyio
 import psutil
 import pytest
 
-from instavm.errors import OutcomeUnknown, SessionEnded
+from instavm.errors import BootFailed, GuestProtocolError, OutcomeUnknown, SessionEnded
 from instavm.node.agent import Execution
-from instavm.sandbox import EndReason
+from instavm.node.machines import Prepared
+from instavm.node.vmm.qemu import QemuMachine
+from instavm.sandbox import EndReason, SandboxSpec
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio
@@ -111,3 +113,22 @@ async def test_a_program_whose_end_is_asked_for_before_it_began_does_not_live_on
     with anyio.fail_after(20):
         while (await sandbox.bash("pgrep -fx 'sleep 2006' | wc -l")).stdout != "0\n":
             continue
+
+
+async def test_a_start_that_fails_tells_what_the_console_said(node, monkeypatch):
+    """Its VMM is still there and is asked before it is ended."""
+    asked = []
+
+    async def fails(*_):
+        raise GuestProtocolError("no answer that makes sense")
+
+    async def console(self):
+        asked.append(self.pid)
+        return "\x1b[31m[ 1.0] Kernel panic\x1b[0m\r\n"
+
+    monkeypatch.setattr(Prepared, "become", fails)
+    monkeypatch.setattr(QemuMachine, "console", console)
+    with pytest.raises(BootFailed, match="did not come up") as caught:
+        await node.start(SandboxSpec("vm-fails", 2, 512))
+    assert caught.value.console == "[ 1.0] Kernel panic"
+    assert asked and not os.path.exists(f"/proc/{asked[0]}")
