@@ -48,4 +48,6 @@ async def test_pip_under_a_closed_policy_tries_once_more_and_says_so(sandbox):
     done = await sandbox.bash("pip install iniconfig")
     assert done.exit_code != 0 and done.stderr.count("Retrying") == 1
     assert [one.registry for one in done.refused] == [True]
+    assert (await sandbox.python("!echo $PIP_RETRIES")).stdout == "1\n", "also as a line of a notebook"
+    assert 'Acquire::Retries "1"' in (await sandbox.bash("apt-config dump Acquire::Retries")).stdout
     assert (await sandbox.bash("echo $PIP_RETRIES $UV_HTTP_RETRIES $npm_config_fetch_retries")).stdout == "1 1 1\n"

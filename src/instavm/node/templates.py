@@ -37,7 +37,7 @@ from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.sandbox import Command
 from instavm.settings import Settings
 
-VERSION = 10
+VERSION = 11
 """Raise it when what is done to a template at build time changes."""
 WARM_UP = (
     Command("print(1)", "python", 60),
@@ -214,7 +214,7 @@ class Templates:
 
     def _key(self, image: Image, vcpus: int, memory_mib: int) -> str:
         parts = [VERSION, self._driver.fingerprint(), self._guest.digest, image.digest, vcpus, memory_mib, str(WARM_UP)]
-        parts += [self._network, self._trust.fingerprint(), ASKED, patience.RETRIES]
+        parts += [self._network, self._trust.fingerprint(), ASKED, patience.RETRIES, patience.APT]
         if image.owner is not None:
             parts.append(image.name)
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -271,12 +271,12 @@ class Templates:
             try:
                 async with connected(await machine.dial()) as agent:
                     await agent.hello(self._boot_timeout_s)
-                    await agent.configure(template.env, template.workdir)
+                    await agent.configure({**patience.RETRIES, **template.env}, template.workdir)
                     trusted = await self._trust.install(agent)
                     registries = await self._ask_registries(agent, image)
-                    for command in WARM_UP:
+                    for command in (patience.APT, *WARM_UP):
                         await agent.execute(command)
-                    await agent.identify(identity.fresh(NOBODY, {**patience.beside(template.env), **trusted}))
+                    await agent.identify(identity.fresh(NOBODY, trusted))
                     await agent.rest()
                     await anyio.sleep(SETTLE_S)
                     await machine.pause()
