@@ -17,7 +17,8 @@ RETRIES: Final = {
     "npm_config_fetch_retry_mintimeout": "200",
 }
 """Retries, not attempts; milliseconds before npm's."""
+_APT_LINES: Final = r'Acquire::Retries "1";\nAcquire::Retries::Delay "false";\n'
 APT: Final = Command(
-    "cd /etc/apt/apt.conf.d 2>/dev/null && printf 'Acquire::Retries \"1\";\\n' >00instavm-retries || true", "sh", 60
+    f"cd /etc/apt/apt.conf.d 2>/dev/null && printf '{_APT_LINES}' >00instavm-retries || true", "sh", 60
 )
 """apt has no variable for it. It reads its files in the order of their names, so what another one says of it holds."""
