@@ -121,10 +121,10 @@ ALLOWED: Final[Mapping[str, str]] = {
     "require_isolation": "kvm or emulated",
     "command": f"code that is not blank, at most {COMMAND_BYTES} bytes of UTF-8",
     "env": (
-        f"at most {ENV_VARIABLES} variables with names of letters, digits and _ (no digit first) and with"
+        f"an object (a dict) of at most {ENV_VARIABLES} variables with names of letters, digits and _ (no digit first) and with"
         f" strings, numbers or booleans without NUL as values, {ENV_BYTES} bytes in all"
     ),
-    "metadata": f"an object of at most {METADATA_BYTES} bytes of JSON, nested at most {JSON_DEPTH} deep",
+    "metadata": f"an object (a dict) of at most {METADATA_BYTES} bytes of JSON, nested at most {JSON_DEPTH} deep",
     "count": f"a whole number from 1 to {FORKS_MAX}",
     "oci_image": "a reference such as python:3.12-slim, host:port/name@sha256:…, oci:/path:tag or docker-archive:/path",
     "build_args": (
@@ -156,8 +156,10 @@ ALLOWED: Final[Mapping[str, str]] = {
     "after": "a position in the process's output: a whole number, not more than were written",
     "size": f"a whole number from {PROCESS_WINDOW_BYTES_MIN} to {PROCESS_LOG_BYTES} (bytes)",
     "process timeout": f"a number from 0 to {PROCESS_WAIT_S_MAX} (seconds)",
-    "allowed_domains": f"at most {EGRESS_RULES} host names such as api.example.com, or *.example.com for all below one",
-    "allowed_cidrs": f"at most {EGRESS_RULES} address ranges such as 10.1.0.0/16 (no bits set behind the prefix) or 192.0.2.7",
+    "allowed_domains": f"a list of at most {EGRESS_RULES} host names such as api.example.com, or *.example.com for all below one",
+    "allowed_cidrs": (
+        f"a list of at most {EGRESS_RULES} address ranges such as 10.1.0.0/16 (no bits set behind the prefix) or 192.0.2.7"
+    ),
     "allow_http": "true or false",
     "allow_https": "true or false",
     "allow_package_managers": "true or false",

@@ -87,7 +87,7 @@ def test_exec_ends_quietly_when_nobody_reads_any_more():
 
 def test_a_terminal_shows_what_it_lacks_as_an_escape():
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    out, _ = started("exec", "print('é \u65e5\\0 after')", env=environment).communicate(timeout=60)
+    out, _ = started("exec", "print('é \\u65e5\\0 after')", env=environment).communicate(timeout=60)
     assert out == b"\xe9 \\u65e5\0 after\n"
 
 

@@ -167,8 +167,8 @@ class Shown:
             elif event.type in ("stdout", "stderr"):
                 stream = sys.stdout if event.type == "stdout" else sys.stderr
                 stream.write(event.text)
+                self.position = event.position
                 stream.flush()
-            self.position = event.position
 
 
 def _end(process: Process, shown: Shown, number: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from instavm.client.calls.base import Call, ask, record, records, segment
 from instavm.client.results import Record, Snapshot
+from instavm.errors import InvalidInput
 from instavm.wire import snapshots as wire
 
 
@@ -49,7 +50,9 @@ def create(
 
 
 def list_(type: str | None = None) -> Call[list[Snapshot]]:
-    """Newest first. type: `user` or `system`; None = both."""
+    """Newest first. type: `user` or `system`; None = both. Raises: InvalidInput."""
+    if type not in (None, "user", "system"):
+        raise InvalidInput("type", type, "user or system")
     params = {} if type is None else {"type": type}
     return Call("GET", "/v1/snapshots", records(Snapshot, wire.Snapshot), params=params)
 
