@@ -21,7 +21,11 @@ def or_(default: Any) -> BeforeValidator:
 
 
 def _bounded(metadata: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(metadata, separators=(",", ":")).encode()) > limits.METADATA_BYTES:
+    try:
+        size = len(json.dumps(metadata, separators=(",", ":"), allow_nan=False).encode())
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("JSON cannot hold it") from None
+    if size > limits.METADATA_BYTES:
         raise ValueError(f"longer than {limits.METADATA_BYTES} bytes")
     return metadata
 
