@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from instavm_guest import frames
 from instavm_guest.frames import Message
 from instavm_guest.programs import EXIT_MISSING, Outputs, Programs, memory_file
-from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, ENOUGH, FRESH, OUTPUT, PACKAGE, REHEARSE, SOURCE_FD
+from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, ENOUGH, FRESH, OUTPUT, PACKAGE, PARTS, REHEARSE, SOURCE_FD
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
@@ -43,16 +43,16 @@ class Kind(NamedTuple):
 
 def python() -> Kind:
     here = Path(__file__).parent
-    sources = {f"{PACKAGE}.{name}": (here / f"{name}.py").read_text() for name in ("worker", "outputs", "notebook")}
+    sources = {f"{PACKAGE}.{name}": (here / f"{name}.py").read_text() for name in PARTS}
     main = f"{PACKAGE}.worker"
     bootstrap = (
         "import json\n"
         f"with open({SOURCE_FD}) as f: s = json.load(f)\n"
         f"exec(compile(s[{main!r}], '<instavm>', 'exec'), {{'__name__': '__main__', '__file__': '<instavm>', "
-        "'__builtins__': __builtins__, 'SOURCES': s})"
+        "'__builtins__': dict(__builtins__.__dict__), 'SOURCES': s})"
     )
     source = json.dumps({PACKAGE: "", **sources}).encode()
-    return Kind("python", (("python3", "-c", bootstrap), ("python", "-c", bootstrap)), source)
+    return Kind("python", (("python3", "-u", "-c", bootstrap), ("python", "-u", "-c", bootstrap)), source)
 
 
 def javascript() -> Kind:

@@ -13,9 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 PIP = re.compile(
@@ -24,7 +22,13 @@ PIP = re.compile(
 MARKS = re.compile(r"[%!?]")
 SIMPLE = re.compile(r"^(?P<indent>\s*)(?P<name>[A-Za-z_][\w.]*\s*=\s*)?(?P<mark>!|%)(?P<rest>[^\n=].*)$")
 SHELL = "/bin/bash"
-EMBED = "IPython.terminal.embed"
+ARGUMENT_MAX = 100 << 10
+"""Longest script that goes as an argument; the kernel's own limit is 128 KiB (MAX_ARG_STRLEN)."""
+NAMING = ("--out", "--err", "--proc")
+FLAGS = {"--bg": ("bg", True), "--no-raise-error": ("raise", False), "--raise-error": ("raise", True)}
+SCRIPTS = ("sh", "bash", "perl", "ruby", "python", "python2", "python3", "pypy")
+TAKES_MORE = re.compile(r"[-+][A-Za-z]*[oO]")
+"""An option of a shell with a word behind it, as `-o pipefail`."""
 
 
 def shell(command: str) -> int:
@@ -42,14 +46,93 @@ def lines_of(command: str) -> list[str]:
     return done.stdout.decode(errors="replace").splitlines()
 
 
-def script(program: str) -> Callable[[str, str], None]:
-    """A cell magic that hands the cell to `program`."""
+class Scripts:
+    """`%%script program`, and `%%bash` and the like: a cell that a program runs. Options as IPython's."""
 
-    def run(line: str, cell: str) -> None:
+    def __init__(self, names: dict[str, Any]) -> None:
+        self._names = names
+        self._jobs: list[Any] = []
+
+    def magic(self, program: str) -> Callable[[str, str], None]:
+        return lambda line, cell: self.run(f"{program} {line}", cell)
+
+    def run(self, line: str, cell: str) -> None:
+        """Raises ValueError for an option that is not there, CalledProcessError when the program fails."""
+        options, argv = _options(shlex.split(line))
+        if not argv:
+            raise ValueError("%%script needs the name of a program, as in `%%script bash`")
         sys.stdout.flush()
-        subprocess.run([program, "-c", cell, program, *shlex.split(line)], check=True)
+        sys.stderr.flush()
+        streams = {stream: subprocess.PIPE for stream, name in (("stdout", "out"), ("stderr", "err")) if name in options}
+        argv, given = _with_script(argv, cell if cell.endswith("\n") else cell + "\n")
+        try:
+            process: Any = subprocess.Popen(argv, stdin=given, **streams)
+        finally:
+            if given != subprocess.DEVNULL:
+                os.close(given)
+        if options.get("bg"):
+            self._jobs.append(process)
+            self._keep(options, process.stdout, process.stderr, process)
+            return
+        with process:
+            try:
+                out, err = (None if data is None else data.decode(errors="replace") for data in process.communicate())
+            except BaseException:
+                process.kill()
+                raise
+        self._keep(options, out, err, process)
+        if process.returncode and options.get("raise", True):
+            raise subprocess.CalledProcessError(process.returncode, argv[0], out, err)
 
-    return run
+    def kill(self, line: str = "") -> None:
+        """End what runs in the background."""
+        for process in self._jobs:
+            process.kill()
+            process.wait()
+        self._jobs.clear()
+
+    def _keep(self, options: dict[str, Any], out: Any, err: Any, process: Any) -> None:
+        for option, value in (("out", out), ("err", err), ("proc", process)):
+            if option in options:
+                self._names[options[option]] = value
+
+
+def _options(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What is ours of the words behind `%%script`, and what is the program's."""
+    options: dict[str, Any] = {}
+    rest: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name in NAMING:
+            if not equals and not waiting:
+                raise ValueError(f"{name} needs the name of a variable")
+            options[name[2:]] = value if equals else waiting.pop(0)
+            if not options[name[2:]].isidentifier():
+                raise ValueError(f"{name} {options[name[2:]]!r} is no name of a variable")
+        elif word in FLAGS:
+            key, flag = FLAGS[word]
+            options[key] = flag
+        else:
+            rest.append(word)
+    return options, rest
+
+
+def _with_script(argv: list[str], cell: str) -> tuple[list[str], int]:
+    """The command that runs `cell`, and its stdin. A shell gets it as an argument, so that its commands can't read it away."""
+    program, *words = argv
+    if os.path.basename(program) in ("bash", "sh") and len(cell.encode(errors="replace")) <= ARGUMENT_MAX:
+        count = 0
+        while count < len(words) and words[count][:1] in ("-", "+") and words[count] not in ("-", "--"):
+            count += 2 if TAKES_MORE.fullmatch(words[count]) else 1
+        options = [word for word in words[:count] if word != "-s"]
+        return [program, *options, "-c", cell, program, *words[count:]], subprocess.DEVNULL
+    script = os.memfd_create("cell", os.MFD_CLOEXEC)
+    with open(os.dup(script), "w", encoding="utf-8", errors="replace") as file:
+        file.write(cell)
+    os.lseek(script, 0, os.SEEK_SET)
+    return argv, script
 
 
 def pip(line: str) -> None:
@@ -60,33 +143,16 @@ def pip(line: str) -> None:
         raise subprocess.CalledProcessError(code, "pip " + line)
 
 
-class Notebook:
-    """Notebook syntax with IPython."""
-
-    def __init__(self, space: Any, interactive: Any) -> None:
-        self._shell = interactive
-        interactive.system = self._system
-        interactive.display_formatter.format = lambda value, include=None, exclude=None: (_bundle(value), {})
-        interactive.display_pub.publish = lambda data, *_, **__: _publish(space, data)
-        interactive.register_magic_function(pip, "line", "pip")
-        for program in ("bash", "sh"):
-            interactive.register_magic_function(script(program), "cell", program)
-
-    def translated(self, source: str) -> str | None:
-        """`source` as plain Python; None when nothing in it is notebook syntax."""
-        source = PIP.sub(r"\1%\2", source)
-        plain: str = self._shell.transform_cell(source)
-        return None if plain.rstrip() == source.rstrip() else plain
-
-    def _system(self, command: str) -> None:
-        self._shell.user_ns["_exit_code"] = shell(self._shell.var_expand(command, depth=1))
-
-
 class Plain:
-    """Notebook syntax without IPython: `!`, `x = !`, %pip, %cd, %env, %time, %%bash, %%sh, %%writefile, %%time."""
+    """Notebook syntax without IPython: `!`, `x = !`, %pip, %cd, %env, %time, %%bash, %%script …, %%writefile, %%time."""
 
-    def __init__(self, space: Any) -> None:
+    interactive = None
+
+    def __init__(self, space: Any, why: Exception) -> None:
+        absent = isinstance(why, ModuleNotFoundError) and why.name == "IPython"
+        self._why = "which this image's Python does not have" if absent else f"which does not start here: {why!r}"
         self._names = space.names
+        scripts = Scripts(space.names)
         self._names["get_ipython"] = lambda: self
         space.own.add("get_ipython")
         self._lines: dict[str, Callable[[str], object]] = {
@@ -95,10 +161,11 @@ class Plain:
             "env": self._env,
             "time": self._timed,
             "pwd": lambda line: os.getcwd(),
+            "killbgscripts": scripts.kill,
         }
         self._cells: dict[str, Callable[[str, str], object]] = {
-            "bash": script("bash"),
-            "sh": script("sh"),
+            **{program: scripts.magic(program) for program in SCRIPTS},
+            "script": scripts.run,
             "writefile": self._write,
             "time": lambda line, cell: self._timed(cell),
         }
@@ -139,7 +206,7 @@ class Plain:
 
     def _known(self, magics: dict[str, Any], shown: str, name: str) -> Any:
         if name not in magics:
-            raise RuntimeError(f"{shown} needs IPython, which this image's Python does not have")
+            raise RuntimeError(f"{shown} needs IPython, {self._why}")
         return magics[name]
 
     def _cd(self, line: str) -> None:
@@ -158,82 +225,28 @@ class Plain:
             file.write(cell)
         print("Writing " + line.strip())
 
-    def _timed(self, code: str) -> None:
+    def _timed(self, code: str) -> object:
+        try:
+            whole = compile(code.strip(), "<cell magic>", "eval", dont_inherit=True)
+        except SyntaxError:
+            whole = compile(code, "<cell magic>", "exec", dont_inherit=True)
         began, spent = time.perf_counter(), time.process_time()
-        exec(compile(code, "<cell magic>", "exec", dont_inherit=True), self._names)
+        value: object = eval(whole, self._names)
         print(f"CPU times: {time.process_time() - spent:.3g} s")
         print(f"Wall time: {time.perf_counter() - began:.3g} s")
+        return value
 
 
-def of(space: Any) -> Notebook | Plain:
-    """The notebook syntax of `space`, made by the first who asks."""
-    found: Notebook | Plain | None = space.__dict__.get("notebook")
+def of(space: Any) -> Any:
+    """The notebook syntax of `space`, made by the first who asks: IPython's, or `Plain`."""
+    found = space.__dict__.get("notebook")
     if found is None:
         space.starting = True
-        interactive = _ipython(space)
-        space.starting = False
-        found = space.notebook = Plain(space) if interactive is None else Notebook(space, interactive)
-    return found
-
-
-def _ipython(space: Any) -> Any:
-    """IPython's shell on the user's own namespace, or None. It keeps no history: nothing is written for that."""
-    before, hook = set(space.names), sys.displayhook
-    with _without_a_terminal():
         try:
-            from IPython.core.interactiveshell import InteractiveShell  # type: ignore[import-not-found]  # noqa: PLC0415
-            from traitlets.config import Config  # type: ignore[import-not-found]  # noqa: PLC0415
-        except Exception:  # not installed, or broken: cells without its syntax must run all the same
-            return None
-        config = Config()
-        config.HistoryManager.enabled = False
-        config.InteractiveShell.colors = "NoColor"
-        made = InteractiveShell.instance(config=config, user_module=space.module)
-    sys.displayhook = hook
-    space.names.setdefault("get_ipython", made.get_ipython)
-    space.own |= set(space.names) - before
-    return made
-
-
-@contextmanager
-def _without_a_terminal() -> Iterator[None]:
-    """IPython that is imported in here leaves out half of itself: the line editor, which comes when somebody asks for
-    `IPython.embed`, and the completer's engine, which no cell needs.
-    """
-    if "IPython" in sys.modules:
-        yield
-        return
-    stand_in: Any = types.ModuleType(EMBED)
-    stand_in.embed = None
-    absent = {EMBED: stand_in} if "jedi" in sys.modules else {EMBED: stand_in, "jedi": None}
-    sys.modules.update(absent)
-    try:
-        yield
-    finally:
-        for name in absent:
-            sys.modules.pop(name, None)
-    whole: Any = sys.modules.get("IPython")
-    if getattr(whole, "embed", stand_in) is None:
-        del whole.embed
-        whole.__getattr__ = _embed
-
-
-def _embed(name: str) -> Any:
-    """IPython's `__getattr__`."""
-    if name != "embed":
-        raise AttributeError("module 'IPython' has no attribute " + repr(name))
-    return importlib.import_module(EMBED).embed
-
-
-def _bundle(value: object) -> dict[str, Any]:
-    from instavm_guest import outputs  # noqa: PLC0415
-
-    return outputs.bundle(value)
-
-
-def _publish(space: Any, data: dict[str, Any]) -> None:
-    from instavm_guest import outputs  # noqa: PLC0415
-
-    if "text/plain" in data:
-        print(data["text/plain"])
-    outputs.of(space).publish(data)
+            found = space.part("interactive").start(space)
+        except Exception as exc:  # not installed, or broken: cells without its syntax must run all the same
+            found = Plain(space, exc)
+        finally:
+            space.starting = False
+        space.notebook = found
+    return found

@@ -32,7 +32,7 @@ class Worker:
             ):
                 os.dup2(fd, number)
 
-        argv = [executable, *(["-I", "-S"] if isolated else []), "-c", python().programs[0][2]]
+        argv = [executable, *(["-I", "-S"] if isolated else []), *python().programs[0][1:]]
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,

@@ -57,9 +57,9 @@ def test_a_cell_does_not_inherit_our_future_statements(worker):
 
 
 def test_tasks_of_the_event_loop_go_on_in_the_next_cell_that_waits(worker):
-    worker.run("import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    print('done')")
+    worker.run("import asyncio\ngo = asyncio.Event()\nasync def f():\n    await go.wait()\n    print('done')")
     worker.run("async def begin():\n    global task\n    task = asyncio.ensure_future(f())\nawait begin()")
-    assert worker.run("await task").stdout.endswith("done\n")
+    assert worker.run("go.set(); await task").stdout.endswith("done\n")
 
 
 def test_a_traceback_shows_the_users_lines_and_nothing_of_ours(worker):
