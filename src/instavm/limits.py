@@ -29,6 +29,8 @@ OUTPUT_BYTES: Final = 16 << 20
 
 OUTPUTS_MAX: Final = 64
 OUTPUTS_BYTES: Final = 8 << 20
+OUTPUT_DEPTH: Final = 100
+"""How deep lists and objects of an output may lie in one another, its bundle included."""
 """Rich outputs that a result keeps, and their bytes as JSON; what is over is left out and sets `truncated`."""
 
 ENV_VARIABLES: Final = 256

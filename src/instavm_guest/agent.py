@@ -128,15 +128,17 @@ class Agent:
         if kind == frames.IDENTIFY:
             self._identified = False
             self._identity.take(message)
+            self._env.update(message["env"])
             self._interpreter.identify(message["env"])
-            self._named(request, message)
+            self._named(request)
             self._interpreter.end_rehearsal()
         elif kind == frames.ASSIGN:
             self._require_identity()
             self._identified = False
             self._identity.name(message)
-            self._interpreter.stage(message["env"])
-            self._named(request, message)
+            self._env.update(message["env"])
+            self._interpreter.assign(message["env"])
+            self._named(request)
         elif kind == frames.CLOCK:
             world.set_clock(message["time_ns"])
         elif kind == frames.CONFIGURE:
@@ -173,8 +175,7 @@ class Agent:
             self._javascript.stage(message["env"])
             self.answer(request, {})
 
-    def _named(self, request: int, message: Message) -> None:
-        self._env.update(message["env"])
+    def _named(self, request: int) -> None:
         self._identified = True
         self.answer(request, {"time_ns": time.time_ns()})
 

@@ -60,7 +60,7 @@ def serve(task: str) -> None:
     except BaseException as exc:
         result = {"code": "file", "message": f"{type(exc).__name__}: {exc}"}
     try:
-        line.send(RESULT + json.dumps(result).encode())
+        line.send(RESULT + json.dumps({name: _as_text(value) for name, value in result.items()}).encode())
     finally:
         os._exit(0)
 
@@ -141,6 +141,11 @@ def _get(line: socket.socket, path: str) -> Message:
         line.send(DATA + data)
         size += len(data)
     return {"path": target, "size": size}
+
+
+def _as_text(value: object) -> object:
+    """A path may hold bytes that are no UTF-8; the host takes text only."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _kernel_devices() -> set[int]:

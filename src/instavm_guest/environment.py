@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from _locale import LC_CTYPE, Error, setlocale
+from _locale import LC_CTYPE, setlocale
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +62,8 @@ def apply(new: Mapping[str, str], streams: Any) -> None:
     if any(name in new for name in LOCALE):
         try:
             setlocale(LC_CTYPE, "")
-        except Error:
-            return  # the image has no such locale; Python itself starts without a word then
+        except ValueError:
+            return  # locale.Error, which is one: the image has no such locale; Python itself starts without a word then
 
 
 def _only_at_start(name: str) -> bool:
@@ -87,7 +87,8 @@ def _search(value: str) -> None:
 
 
 def _warn(value: str) -> None:
-    for kept, all_of_them in (("options", sys.warnoptions), ("filters", warnings.filters)):
+    both: Any = (("options", sys.warnoptions), ("filters", warnings.filters))
+    for kept, all_of_them in both:
         for one in _had[kept]:
             if one in all_of_them:
                 all_of_them.remove(one)

@@ -137,12 +137,11 @@ def start(space: Any) -> Notebook:
 
 def _shell_class(space: Any) -> Any:
     """The shell of a sandbox, which needs IPython to be defined."""
+    from IPython.core import magics as classes  # noqa: PLC0415
     from IPython.core import page  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.displaypub import DisplayPublisher  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.error import StdinNotImplementedError, UsageError  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell  # noqa: PLC0415
-    from IPython.core import magics as classes  # noqa: PLC0415
-    from IPython.core.magics import execution  # type: ignore[import-not-found]  # noqa: PLC0415
 
     class Publisher(DisplayPublisher):  # type: ignore[misc]
         """Where `IPython.display.display` leads."""
@@ -158,7 +157,7 @@ def _shell_class(space: Any) -> Any:
             """What differs from IPython's own, once that is there."""
             notebook = space.part("notebook")
             self.events.unregister("pre_execute", self._clear_warning_registry)
-            if not hasattr(self.magics_manager.magics["line"]["run"], "__self__"):  # stand-ins, which would come back later
+            if not isinstance(self.magics_manager.magics["line"]["cd"], types.MethodType):  # stand-ins, which would come back later
                 self.register_magics(*(getattr(classes, name + "Magics") for name in FAMILIES))
             self.display_pub = self.publisher = Publisher(parent=self)
             self.display_formatter.format = self.forms
@@ -174,7 +173,6 @@ def _shell_class(space: Any) -> Any:
                 for mark, kind in (("%", "line"), ("%%", "cell")):
                     if name in magics[kind]:
                         self.register_magic_function(_refusal(UsageError, mark + name, reason), kind, name)
-            execution.profile = types.SimpleNamespace(Profile=_Profile)
             for kind, name in (("line", "prun"), ("cell", "prun"), ("line", "run")):
                 magics[kind][name] = _leaving_out(magics[kind][name])
             self.register_magic_function(self.enable_gui, "line", "gui")
@@ -285,10 +283,13 @@ def _refusal(error: type[Exception], shown: str, reason: str) -> Callable[..., N
 def _leaving_out(magic: Any) -> Any:
     @functools.wraps(magic)
     def left(*args: Any, **more: Any) -> Any:
+        kept, cProfile.Profile = cProfile.Profile, _Profile  # type: ignore[misc]
         try:
             return magic(*args, **more)
         except _Leaving as exc:
             raise exc.args[0] from None
+        finally:
+            cProfile.Profile = kept  # type: ignore[misc]
 
     return left
 

@@ -9,13 +9,26 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from instavm_guest import frames
+from instavm_guest import environment, frames
 from instavm_guest.frames import Message
 from instavm_guest.programs import EXIT_MISSING, Outputs, Programs, memory_file
-from instavm_guest.worker import ANSWER, ANSWERED, ASK, AWAIT, ENOUGH, FRESH, OUTPUT, PACKAGE, PARTS, REHEARSE, SOURCE_FD
+from instavm_guest.worker import (
+    ANSWER,
+    ANSWERED,
+    ASK,
+    AWAIT,
+    ENOUGH,
+    FRESH,
+    OUTPUT,
+    PACKAGE,
+    PARTS,
+    REHEARSE,
+    SOURCE_FD,
+)
 from instavm_guest.world import USER_ROOT, Cgroup, disk_is_full, ticks
 
 if TYPE_CHECKING:
@@ -29,16 +42,23 @@ FIRST_PULSE_S = 0.1
 """The same for the first cell of a clone: right after a restore nothing is done that the cell itself does not need."""
 LITTLE = 4 << 10
 """Read at once of what the worker says, but for rich outputs: a longer buffer takes an emulated guest longer."""
+SECONDS_MAX, KIB_MAX, EXITS = 10**9, 1 << 40, range(256)
+"""What a worker may tell of a cell: the host takes no more."""
 COUNT_CPU_AFTER_S = 0.2
 """From when on the CPU time of a cell is known even if its worker dies."""
 
 
 class Kind(NamedTuple):
-    """A language whose state persists. `source`: what its worker reads from SOURCE_FD."""
+    """A language whose state persists.
+
+    source: what its worker reads from SOURCE_FD. too_late: of the environment that a worker was started with and variables that
+    came since, the names that it does not heed any more.
+    """
 
     name: str
     programs: tuple[tuple[str, ...], ...]
     source: bytes
+    too_late: Callable[[Mapping[str, str], Mapping[str, str]], list[str]] = lambda begun, new: []
 
 
 def python() -> Kind:
@@ -52,7 +72,8 @@ def python() -> Kind:
         "'__builtins__': dict(__builtins__.__dict__), 'SOURCES': s})"
     )
     source = json.dumps({PACKAGE: "", **sources}).encode()
-    return Kind("python", (("python3", "-u", "-c", bootstrap), ("python", "-u", "-c", bootstrap)), source)
+    programs = tuple((name, "-u", "-c", bootstrap) for name in ("python3", "python"))  # -u: what C code prints is not held back
+    return Kind("python", programs, source, too_late=environment.needs_a_new_one)
 
 
 def javascript() -> Kind:
@@ -95,6 +116,14 @@ class Interpreter:
         self._outputs: Outputs | None = None
         self._env: dict[str, str] = {}
         self._cwd = "/app"
+        self._begun: dict[str, str] = {}
+        """The environment that the worker was started with."""
+        self._used = False
+        """Whether the worker may hold anything of a user's: then it can't be changed for another one."""
+        self._unheeded: list[str] = []
+        """Variables that came too late for the worker; the next cell is told."""
+        self._retired: set[int] = set()
+        """Workers that were ended because another one took their place."""
         self._fresh = 0
         self._new_env: dict[str, str] = {}
         """What came after the worker was started, and it has not heard yet."""
@@ -114,7 +143,8 @@ class Interpreter:
         self._start_worker()
 
     def rehearse(self) -> None:
-        """Keep the worker going through the motions of a cell until it has one."""
+        """Keep the worker going through the motions of a cell until it has one. What cells have left is forgotten."""
+        self._used = False
         if self._line is not None and self._current is None:
             self._line.sendall(ASK.pack(REHEARSE, 0, 0))
 
@@ -122,6 +152,12 @@ class Interpreter:
         """This is another sandbox now. The worker hears it with its next cell, ahead of the cell's code."""
         self._fresh = FRESH
         self._new_env = dict(env)
+        self._heed(env)
+
+    def assign(self, env: dict[str, str]) -> None:
+        """Whose this is; what has run until now was only to warm it up."""
+        self._used = False
+        self.stage(env)
 
     def end_rehearsal(self) -> None:
         """Or a sandbox that is never given a cell would go on with it forever."""
@@ -131,6 +167,26 @@ class Interpreter:
     def stage(self, env: dict[str, str]) -> None:
         """Variables for every cell from now on; the worker hears them with the next one."""
         self._new_env.update(env)
+        self._heed(env)
+
+    def _heed(self, env: dict[str, str]) -> None:
+        """Have a worker that heeds what came, if that takes another one and nothing is lost with this one."""
+        late = self._kind.too_late(self._begun, env) if self._line is not None else []
+        if late and self._used:
+            self._unheeded = sorted({*self._unheeded, *late})
+        elif late:
+            self._retire()
+            self._start_worker()
+
+    def _retire(self) -> None:
+        assert self._line is not None
+        self._agent.unwatch(self._line.fileno())
+        self._line.close()
+        self._line = None
+        if self._pulse is not None:
+            os.close(self._pulse)
+        self._retired.add(self._number)
+        self._programs.signal(self._number, signal.SIGKILL)
 
     def execute(self, request: int, code: bytes, env: dict[str, str], timeout_s: float) -> None:
         self._queue.append(Cell(request, code, env, timeout_s))
@@ -193,6 +249,7 @@ class Interpreter:
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
         self._doomed = self._interrupted = self._unread = False
+        self._begun, self._used, self._unheeded = dict(self._env), False, []
         self._number = self._programs.spawn(self._kind.programs, self._env, self._cwd, self._cgroup, fds, self._died)
         for fd in (null, source, pulse):
             os.close(fd)
@@ -223,8 +280,16 @@ class Interpreter:
         self._restarted = self._interrupted = False
         self._fresh, self._new_env = 0, {}
         self._outputs.belong_to(cell.request)
+        self._used = True
+        if self._unheeded:
+            self._tell_unheeded(cell.request)
         if first:
             self._rehearse_answer()
+
+    def _tell_unheeded(self, request: int) -> None:
+        names, self._unheeded = ", ".join(self._unheeded), []
+        note = f"[instavm] {names}: read when an interpreter starts; this one keeps its variables and goes on without\n"
+        self._agent.send(frames.STDERR, request, note.encode())
 
     def _rehearse_answer(self) -> None:
         """Go through the motions of an answer while the worker has its first cell, which takes it longer than this.
@@ -270,6 +335,8 @@ class Interpreter:
             return data[size:]
         _, flags, exit_code, wall, cpu, peak_kib = ANSWER.unpack_from(data)
         if self._current is not None and not self._doomed:
+            if not (exit_code in EXITS and 0 <= wall < SECONDS_MAX and 0 <= cpu < SECONDS_MAX and peak_kib < KIB_MAX):
+                exit_code, wall, cpu, peak_kib = 1, time.monotonic() - self._began, 0.0, 0  # written by a cell, not by its worker
             self._finish(exit_code, wall, cpu, peak_kib, flags & frames.CUT)
         return data[size:]
 
@@ -284,6 +351,9 @@ class Interpreter:
 
     def _died(self, report: Message) -> None:
         """The worker process ended: crashed, killed, or told to by os._exit()."""
+        if report["id"] in self._retired:
+            self._retired.remove(report["id"])
+            return
         assert self._line is not None
         self._agent.unwatch(self._line.fileno())
         unread = self._unread or self._line.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET

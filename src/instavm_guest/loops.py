@@ -72,7 +72,7 @@ class Loops:
         if loop is None or loop.is_closed() or loop.is_running():
             return False
         ready, later = getattr(loop, "_ready", True), getattr(loop, "_scheduled", True)
-        watched = getattr(getattr(loop, "_selector", None), "get_map", dict)()
+        watched: Any = getattr(getattr(loop, "_selector", None), "get_map", dict)()
         return bool(ready or later or len(watched) > 1 or asyncio.all_tasks(loop))
 
     def idle(self) -> None:

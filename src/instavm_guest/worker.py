@@ -11,7 +11,7 @@ bound in here before the first one came, with builtins of its own, and no failur
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]
 import _thread
 import ast
 import builtins
@@ -29,6 +29,7 @@ import types
 import warnings
 from _contextvars import copy_context
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from os import _exit, close, dup2, getpid, read, write
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from sys import getprofile, getrecursionlimit, gettrace, setprofile, setrecursionlimit, settrace
@@ -291,6 +292,8 @@ class Cell:
     def __init__(self, number: int, source: str, inner: str = "") -> None:
         self.name = f"<cell {number}{inner}>"
         self.source = source
+        if type(linecache.cache) is not dict:
+            linecache.cache = {}
         linecache.cache[self.name] = (len(source), None, source.splitlines(True), self.name)
 
     def run(self, space: Space) -> None:
@@ -349,8 +352,8 @@ def _last_is_kept(tree: Any, source: str) -> bool:
         return False
     if ";" in source and QUIET.match(_behind(last.value, source)):
         return False
-    target = ast.copy_location(ast.Name(LAST, ast.Store()), last)
-    tree.body[-1] = ast.copy_location(ast.Assign([target], last.value), last)
+    place: Any = {name: getattr(last, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
+    tree.body[-1] = ast.Assign([ast.Name(LAST, ast.Store(), **place)], last.value, **place)
     return True
 
 
@@ -391,11 +394,28 @@ def moved_up(fd: int, copy: bool = False) -> int:
 
 def told(exc: BaseException) -> str:
     """An exception as Python would write it, without the frames that are not the user's."""
+    with suppress(Exception):  # a cell may have replaced what this needs, or the exception fails when it is looked at
+        return _written(exc)
+    standing = dict(builtins.__dict__)
+    builtins.__dict__.update(globals()["__builtins__"])
     try:
-        whole = TracebackException(type(exc), exc, exc.__traceback__)
-        _without_ours(whole)
-        return "".join(whole.format())
-    except Exception:  # it can't be written, or a cell has broken what writes it: at least its kind
+        return _written(exc)
+    except Exception:
+        return _named(exc)
+    finally:
+        builtins.__dict__.update(standing)
+
+
+def _written(exc: BaseException) -> str:
+    whole = TracebackException(type(exc), exc, exc.__traceback__)
+    _without_ours(whole)
+    return "".join(whole.format())
+
+
+def _named(exc: BaseException) -> str:
+    try:
+        return f"{type(exc).__name__}: {exc}\n"
+    except Exception:
         return type(exc).__name__ + "\n"
 
 
@@ -472,10 +492,8 @@ def perform(source: str, space: Space, meter: Meter) -> int:
     except BaseException as exc:  # raised by the handler of a signal, where it was nobody's turn
         space.streams.say(told(exc))
     for step in (space.calm, space.streams.flush_own, meter.stop):
-        try:
+        with suppress(BaseException):  # raised by the handler of a signal, where it was nobody's turn
             step()
-        except BaseException:
-            continue
     if getpid() != meter.me:
         _exit(exit_code)  # a fork that ran off the end of the cell
     flags = CUT if space.cut else 0
@@ -532,7 +550,8 @@ class Streams:
         self._spare = tuple(moved_up(number, copy=True) for number in (0, 1, 2))
         self.stdin: Any = sys.stdin
         asked = "PYTHONIOENCODING" in os.environ
-        self.encoding, self.errors = sys.stdout.encoding, sys.stdout.errors if asked else "backslashreplace"
+        self.encoding: str = sys.stdout.encoding
+        self.errors: str = (asked and sys.stdout.errors) or "backslashreplace"
         self.stdout, self.stderr = self._on(1), self._on(2)
         sys.stdout = sys.__stdout__ = self.stdout  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = self.stderr  # type: ignore[misc]
@@ -563,7 +582,7 @@ class Streams:
         for number, name in enumerate(self.NAMES):
             own = getattr(self, name)
             if own is None or _closed(own):
-                fresh = open(0, encoding=self.encoding, closefd=False) if number == 0 else self._on(number)  # noqa: SIM115
+                fresh = open(0, encoding=self.encoding, closefd=False) if number == 0 else self._on(number)
                 setattr(self, name, fresh)
                 setattr(sys, "__" + name + "__", fresh)
             standing = getattr(sys, name, None)
@@ -587,10 +606,8 @@ class Streams:
         """Also what a cell has put in their place, which may raise anything."""
         for standing in (getattr(sys, "stdout", None), getattr(sys, "stderr", None)):
             if standing is not self.stdout and standing is not self.stderr:
-                try:
+                with suppress(Exception):
                     standing.flush()  # type: ignore[union-attr]
-                except Exception:
-                    continue
         self.flush_own()
 
     def flush_own(self) -> None:
@@ -623,10 +640,8 @@ class Streams:
             except OSError:
                 return
             for stream in (self.stdout, self.stderr):
-                try:
+                with suppress(Exception):  # closed by the cell
                     stream.flush()
-                except Exception:
-                    continue  # closed by the cell
 
 
 def _closed(stream: Any) -> bool:
@@ -641,7 +656,7 @@ def _closed(stream: Any) -> bool:
 def stream_on(fd: int, encoding: str = "utf-8", errors: str = "backslashreplace") -> io.TextIOWrapper:
     raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
     stream = io.TextIOWrapper(raw, encoding=encoding, errors=errors, line_buffering=True)
-    stream.mode = "w"
+    stream.mode = "w"  # type: ignore[misc]
     return stream
 
 
@@ -715,7 +730,8 @@ def _after(space: Space) -> dict[str, Callable[[], None]]:
         space.part("loops").of(space).take()
 
     def getpass() -> None:
-        sys.modules["getpass"].getpass = sys.modules["getpass"].unix_getpass = no_input
+        module: Any = sys.modules["getpass"]
+        module.getpass = module.unix_getpass = no_input
 
     return {"matplotlib.pyplot": pyplot, "IPython": ipython, "asyncio": asyncio, "getpass": getpass}
 

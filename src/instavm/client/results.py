@@ -6,6 +6,8 @@ import base64
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
+from instavm.errors import ExecutionError
+
 SVG: Final = "image/svg+xml"
 IMAGES: Final = {"image/png": "png", "image/jpeg": "jpg", SVG: "svg"}
 
@@ -97,7 +99,7 @@ class Execution(Record):
     def save_images(self, directory: str | Path) -> list[Path]:
         """Write every image among the outputs to a file `output-<n>.<png|jpg|svg>`; the directory is made if need be.
 
-        Returns: the files, in the order in which they were shown.
+        Returns: the files, in the order in which they were shown. Raises ExecutionError: an image is no base64; OSError.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +108,7 @@ class Execution(Record):
             for mime, ending in IMAGES.items():
                 if isinstance(data := bundle.get(mime), str):
                     file = folder / f"output-{number}.{ending}"
-                    file.write_bytes(data.encode() if mime == SVG else base64.b64decode(data))
+                    file.write_bytes(data.encode() if mime == SVG else _pixels(data, mime, number))
                     written.append(file)
                     break
         return written
@@ -304,6 +306,13 @@ class User(Record):
     email: str | None
     name: str
     is_verified: bool
+
+
+def _pixels(data: str, mime: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise ExecutionError(f"output {number} says that it is {mime}, but is no base64: {_short(data, 40)}") from None
 
 
 def _short(text: str, limit: int = 120) -> str:

@@ -6,7 +6,6 @@ The guest is hostile: what it sends is checked, counted and bounded.
 from __future__ import annotations
 
 import itertools
-import re
 import secrets
 import time
 from collections import deque
@@ -19,6 +18,7 @@ from anyio.abc import ByteStream
 
 from instavm import limits
 from instavm.errors import ExecutionError, GuestProtocolError, InstaVMError, OutcomeUnknown
+from instavm.node import bundles
 from instavm.node.ended import ended
 from instavm.sandbox import Bundle, Command, Outcome, OutputSink, Stream
 from instavm_guest import frames
@@ -26,7 +26,6 @@ from instavm_guest import frames
 RECEIVE_BYTES = 256 << 10
 ANSWER_GRACE_S = 15.0
 """How long past a command's own timeout the agent may take to answer before its sandbox is given up."""
-MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")
 ANSWER_S = 30.0
 """How long the agent may take for what does not wait for anything of the user's."""
 LATE_S = 2.0
@@ -118,9 +117,12 @@ class Outputs:
             self._dropping = False
 
     def _keep(self, data: bytes) -> None:
-        bundle = frames.decode_json(data)
-        if not all(MIME.fullmatch(mime) for mime in bundle):
-            raise frames.FrameError("an output's type is not a MIME type")
+        bundle = bundles.read(data)
+        if bundle.keys() == {bundles.CLEAR}:
+            self.kept.clear()
+            self._size = 0
+            self.latest = data
+            return
         self.kept.append(bundle)
         self._size += len(data)
         self.latest = data
