@@ -1,7 +1,7 @@
 """Variables that reach an interpreter which runs already, and that Python reads only when it starts. See worker.py.
 
-What a running interpreter can still heed it is told by `apply`. For the rest, `needs_a_new_one` has the agent start a new interpreter
-instead; it is the agent, too, who knows whether a cell has run in the old one.
+What a running interpreter can still heed it is told by `apply`. For the rest, `needs_a_new_one` has the agent start a new
+interpreter instead; it is the agent, too, who knows whether a cell has run in the old one.
 """
 
 from __future__ import annotations
@@ -10,16 +10,43 @@ import os
 import sys
 import time
 import warnings
-from _locale import LC_CTYPE, setlocale
 from collections.abc import Mapping
 from typing import Any
 
 AT_START = frozenset(
     "PYTHON" + name
     for name in (
-        *("HASHSEED", "OPTIMIZE", "UTF8", "MALLOC", "MALLOCSTATS", "HOME", "PLATLIBDIR", "NOUSERSITE", "USERBASE", "DEVMODE"),
-        *("FAULTHANDLER", "TRACEMALLOC", "ASYNCIODEBUG", "INTMAXSTRDIGITS", "SAFEPATH", "PROFILEIMPORTTIME", "VERBOSE", "DEBUG"),
-        *("INSPECT", "COERCECLOCALE", "NODEBUGRANGES", "PERFSUPPORT", "WARNDEFAULTENCODING", "THREADDEBUG", "EXECUTABLE"),
+        *(
+            "HASHSEED",
+            "OPTIMIZE",
+            "UTF8",
+            "MALLOC",
+            "MALLOCSTATS",
+            "HOME",
+            "PLATLIBDIR",
+            "NOUSERSITE",
+            "USERBASE",
+            "DEVMODE",
+        ),
+        *(
+            "FAULTHANDLER",
+            "TRACEMALLOC",
+            "ASYNCIODEBUG",
+            "INTMAXSTRDIGITS",
+            "SAFEPATH",
+            "PROFILEIMPORTTIME",
+            "VERBOSE",
+            "DEBUG",
+        ),
+        *(
+            "INSPECT",
+            "COERCECLOCALE",
+            "NODEBUGRANGES",
+            "PERFSUPPORT",
+            "WARNDEFAULTENCODING",
+            "THREADDEBUG",
+            "EXECUTABLE",
+        ),
         *("_GIL", "_JIT", "_CPU_COUNT", "_FROZEN_MODULES", "_COLORS", "_CONTEXT_AWARE_WARNINGS"),
     )
 ) | {"GLIBC_TUNABLES", "IPYTHONDIR", "OPENSSL_CONF", "OPENSSL_MODULES"}
@@ -60,10 +87,12 @@ def apply(new: Mapping[str, str], streams: Any) -> None:
         for stream in (streams.stdout, streams.stderr):
             stream.reconfigure(write_through=True)
     if any(name in new for name in LOCALE):
+        import locale  # noqa: PLC0415 (only then)
+
         try:
-            setlocale(LC_CTYPE, "")
-        except ValueError:
-            return  # locale.Error, which is one: the image has no such locale; Python itself starts without a word then
+            locale.setlocale(locale.LC_CTYPE, "")
+        except locale.Error:
+            return  # the image has no such locale; Python itself starts without a word then
 
 
 def _only_at_start(name: str) -> bool:

@@ -26,7 +26,19 @@ ASIDE = ("/IPython/core/events.py", "/IPython/core/formatters.py")
 KEYBOARD = "it asks somebody at a keyboard, and a sandbox has nobody there"
 SHOWS = "it changes how IPython shows things, and in a sandbox Python itself shows them"
 FAMILIES = (
-    *("Auto", "Basic", "Async", "Code", "Config", "Display", "Execution", "Extension", "History", "Logging", "Namespace"),
+    *(
+        "Auto",
+        "Basic",
+        "Async",
+        "Code",
+        "Config",
+        "Display",
+        "Execution",
+        "Extension",
+        "History",
+        "Logging",
+        "Namespace",
+    ),
     *("OS", "Packaging", "Pylab", "Script"),
 )
 LOG = "it writes down what is typed at IPython's prompt, and a sandbox has none; `%history -f file` writes all cells"
@@ -137,8 +149,8 @@ def start(space: Any) -> Notebook:
 
 def _shell_class(space: Any) -> Any:
     """The shell of a sandbox, which needs IPython to be defined."""
-    from IPython.core import magics as classes  # noqa: PLC0415
-    from IPython.core import page  # type: ignore[import-not-found]  # noqa: PLC0415
+    from IPython.core import magics as classes  # type: ignore[import-not-found]  # noqa: PLC0415
+    from IPython.core import page
     from IPython.core.displaypub import DisplayPublisher  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.error import StdinNotImplementedError, UsageError  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell  # noqa: PLC0415
@@ -157,7 +169,7 @@ def _shell_class(space: Any) -> Any:
             """What differs from IPython's own, once that is there."""
             notebook = space.part("notebook")
             self.events.unregister("pre_execute", self._clear_warning_registry)
-            if not isinstance(self.magics_manager.magics["line"]["cd"], types.MethodType):  # stand-ins, which would come back later
+            if not isinstance(self.magics_manager.magics["line"]["cd"], types.MethodType):  # stand-ins, which come back
                 self.register_magics(*(getattr(classes, name + "Magics") for name in FAMILIES))
             self.display_pub = self.publisher = Publisher(parent=self)
             self.display_formatter.format = self.forms
@@ -189,7 +201,9 @@ def _shell_class(space: Any) -> Any:
             super().init_user_ns()
             for name in ("exit", "quit", "Out"):  # Python's own leave a cell too; a value is kept as `_` and no longer
                 self.user_ns.pop(name, None)
-            self.user_ns["In"] = self.history_manager.input_hist_parsed = self.history_manager.input_hist_raw = space.inputs
+            self.user_ns["In"] = self.history_manager.input_hist_parsed = self.history_manager.input_hist_raw = (
+                space.inputs
+            )
 
         def system(self, command: str) -> None:
             self.user_ns["_exit_code"] = space.part("notebook").shell(self.var_expand(command, depth=1))
@@ -249,7 +263,13 @@ def _shell_class(space: Any) -> Any:
                 return None
 
         def run_cell(
-            self, raw_cell: str, store_history: bool = False, silent: bool = False, shell_futures: bool = True, *_: Any, **__: Any
+            self,
+            raw_cell: str,
+            store_history: bool = False,
+            silent: bool = False,
+            shell_futures: bool = True,
+            *_: Any,
+            **__: Any,
         ) -> Any:
             """A cell within a cell, for magics and for whoever asks; to a magic its failure is one of its own."""
             result = ExecutionResult(ExecutionInfo(raw_cell, store_history, silent, shell_futures, None))
@@ -301,7 +321,12 @@ def _failing(magic: Any) -> Any:
     def changed(line: str = "") -> Any:
         place = line.replace("-q", "", 1).strip() if line.startswith("-q") else line.strip()
         folder = os.path.expanduser(place.strip("'\""))
-        if place and place[0] != "-" and not os.path.isdir(folder) and place not in magic.__self__.shell.db.get("bookmarks", {}):
+        if (
+            place
+            and place[0] != "-"
+            and not os.path.isdir(folder)
+            and place not in magic.__self__.shell.db.get("bookmarks", {})
+        ):
             os.chdir(folder)  # raises what is wrong with it
         return magic(line)
 

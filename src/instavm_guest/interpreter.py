@@ -72,7 +72,9 @@ def python() -> Kind:
         "'__builtins__': dict(__builtins__.__dict__), 'SOURCES': s})"
     )
     source = json.dumps({PACKAGE: "", **sources}).encode()
-    programs = tuple((name, "-u", "-c", bootstrap) for name in ("python3", "python"))  # -u: what C code prints is not held back
+    programs = tuple(
+        (name, "-u", "-c", bootstrap) for name in ("python3", "python")
+    )  # -u: what C code prints is not held back
     return Kind("python", programs, source, too_late=environment.needs_a_new_one)
 
 
@@ -336,7 +338,12 @@ class Interpreter:
         _, flags, exit_code, wall, cpu, peak_kib = ANSWER.unpack_from(data)
         if self._current is not None and not self._doomed:
             if not (exit_code in EXITS and 0 <= wall < SECONDS_MAX and 0 <= cpu < SECONDS_MAX and peak_kib < KIB_MAX):
-                exit_code, wall, cpu, peak_kib = 1, time.monotonic() - self._began, 0.0, 0  # written by a cell, not by its worker
+                exit_code, wall, cpu, peak_kib = (
+                    1,
+                    time.monotonic() - self._began,
+                    0.0,
+                    0,
+                )  # written by a cell, not by its worker
             self._finish(exit_code, wall, cpu, peak_kib, flags & frames.CUT)
         return data[size:]
 

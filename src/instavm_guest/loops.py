@@ -1,7 +1,7 @@
 """The event loop of cells: the one on which `await` at the top of a cell waits. Runs in the image's Python, see worker.py.
 
-A cell without `await` runs beside the loop, not on it: so `asyncio.run()` works there as in a program. What such a cell gives to the
-loop (`asyncio.create_task`) begins when the cell has ended, or when a cell awaits something.
+A cell without `await` runs beside the loop, not on it: so `asyncio.run()` works there as in a program. What such a cell gives
+to the loop (`asyncio.create_task`) begins when the cell has ended, or when a cell awaits something.
 """
 
 from __future__ import annotations

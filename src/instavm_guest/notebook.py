@@ -63,7 +63,9 @@ class Scripts:
             raise ValueError("%%script needs the name of a program, as in `%%script bash`")
         sys.stdout.flush()
         sys.stderr.flush()
-        streams: Any = {stream: subprocess.PIPE for stream, name in (("stdout", "out"), ("stderr", "err")) if name in options}
+        streams: Any = {
+            stream: subprocess.PIPE for stream, name in (("stdout", "out"), ("stderr", "err")) if name in options
+        }
         argv, given = _with_script(argv, cell if cell.endswith("\n") else cell + "\n")
         try:
             process: Any = subprocess.Popen(argv, stdin=given, **streams)

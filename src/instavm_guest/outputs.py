@@ -119,7 +119,11 @@ class Outputs:
             elif made is not None and mime not in found:
                 found[mime] = made
         figure = sys.modules.get("matplotlib.figure")
-        if figure is not None and isinstance(value, figure.Figure) and not any(str(mime).startswith("image/") for mime in found):
+        if (
+            figure is not None
+            and isinstance(value, figure.Figure)
+            and not any(str(mime).startswith("image/") for mime in found)
+        ):
             found["image/png"] = self._made(lambda: _png(value))
         if "text/plain" not in found:
             found["text/plain"] = repr(value)
@@ -193,7 +197,9 @@ class Outputs:
             return
         if space.count >= COUNT_MAX or space.shown + len(payload) > BYTES_MAX:
             if not space.cut:
-                self._note(f"an output was left out, and so may be others: at most {COUNT_MAX} of {BYTES_MAX} bytes in all")
+                self._note(
+                    f"an output was left out, and so may be others: at most {COUNT_MAX} of {BYTES_MAX} bytes in all"
+                )
             space.cut = True
             return
         space.count += 1

@@ -86,7 +86,9 @@ def _at_once(data: Any) -> str | None:
 def _too_deep(data: Any) -> bool:
     level, depth = [data], 1
     while level and depth < DEPTH_MAX:
-        within = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list, tuple)))
+        within = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list, tuple))
+        )
         level = [one for some in within for one in some if isinstance(one, (dict, list, tuple))]
         depth += 1
     return bool(level)
@@ -113,24 +115,24 @@ def _as_base64(data: Any) -> str:
 
 def _plain(data: Any, depth: int) -> Any:
     """The nearest thing that JSON and the host know. Raises Unfit, and whatever the user's objects raise."""
-    if data is None or isinstance(data, bool):
-        return data
-    if isinstance(data, str):
-        return _whole_characters(data)
-    if isinstance(data, int):
-        number = int(data)
-        return number if INTEGERS[0] <= number <= INTEGERS[1] else _text_of(number)
-    if isinstance(data, float):
-        return float(data) if math.isfinite(data) else None
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        return base64.b64encode(bytes(data)).decode()
-    if isinstance(data, Mapping) or isinstance(data, (list, tuple, set, frozenset)):
+    if isinstance(data, (Mapping, list, tuple, set, frozenset)):
         if depth >= DEPTH_MAX:
             raise Unfit(f"more than {DEPTH_MAX} lists or objects in one another")
         if isinstance(data, Mapping):
             return {_as_text(_key(key)): _plain(value, depth + 1) for key, value in data.items()}
         return [_plain(one, depth + 1) for one in data]
-    return _whole_characters(_text_of(data))
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return base64.b64encode(bytes(data)).decode()
+    return _number(data) if data is None or isinstance(data, (int, float)) else _whole_characters(_text_of(data))
+
+
+def _number(data: Any) -> Any:
+    """One that fits, as text one that does not; None for what is no number."""
+    if data is None or isinstance(data, bool):
+        return data
+    if isinstance(data, float):
+        return float(data) if math.isfinite(data) else None
+    return int(data) if INTEGERS[0] <= data <= INTEGERS[1] else _text_of(data)
 
 
 def _key(key: Any) -> Any:
@@ -142,7 +144,7 @@ def _key(key: Any) -> Any:
 
 def _text_of(data: Any) -> str:
     try:
-        return str(data)
+        return data if isinstance(data, str) else str(data)
     except ValueError:  # a number with more digits than Python writes
         return hex(data)
 

@@ -473,7 +473,9 @@ def finished(source: str, space: Space) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BaseException as exc:  # a stand-in of the user's, memory that is gone: the exit code may have to tell it alone
+    except (
+        BaseException
+    ) as exc:  # a stand-in of the user's, memory that is gone: the exit code may have to tell it alone
         space.running = False
         space.tell(exc)
         return 1

@@ -77,3 +77,27 @@ def test_figures_are_shown_without_a_call_and_closed(worker):
     answer = worker.run(code)
     assert [base64.b64decode(output["image/png"]) for output in answer.outputs] == [b"png", b"png"]
     assert worker.run("len(opened)").stdout == "0\n"
+
+
+def test_a_value_that_displays_itself_does_so_and_nothing_else(worker):
+    code = "class Own:\n    def _ipython_display_(self): print('by itself')\n"
+    assert worker.run(code + "Own()").stdout == "by itself\n"
+    assert worker.run("display(Own())").stdout == "by itself\n"
+
+
+def test_a_form_that_fails_shows_no_frames_of_ours(worker):
+    answer = worker.run("class Bad:\n    def _repr_html_(self): raise ValueError('no')\nBad()")
+    assert "instavm" not in answer.stderr
+    assert answer.stderr.count("File ") == 1
+
+
+@pytest.mark.parametrize("bundle", ["['text/html']", "{5: 'x'}", "{'html': 'x'}", "{'image/png': 'no base64!'}"])
+def test_a_bundle_that_is_none_is_told_and_the_text_is_there(worker, bundle):
+    answer = worker.run(f"class A:\n    def __repr__(self): return 'A'\n    def _repr_mimebundle_(self, **k): return {bundle}\nA()")
+    assert (answer.exit_code, answer.stdout, answer.outputs) == (0, "A\n", [])
+    assert "left out" in answer.stderr
+
+
+def test_warnings_of_a_form_name_no_file_of_ours(worker):
+    code = "import warnings\nclass W:\n    def _repr_html_(self): warnings.warn('odd', stacklevel=2); return 'x'\nW()"
+    assert worker.run(code).stderr == "UserWarning: odd\n"

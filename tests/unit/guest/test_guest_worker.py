@@ -194,3 +194,179 @@ def test_a_cell_that_took_the_signal_for_itself_keeps_nobody_waiting_for_ever(wo
     worker.run("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);")
     worker.ask("1", flags=AWAIT)
     assert worker.answer().stdout == "1\n"
+
+
+JOB = "import asyncio\nasync def job(n):\n    await asyncio.sleep(0)\n    return n * 10"
+
+
+@pytest.mark.parametrize(
+    ("cell", "stdout"),
+    [
+        ("tasks = [asyncio.create_task(job(n)) for n in range(3)]\nawait asyncio.gather(*tasks)", "[0, 10, 20]\n"),
+        ("one = asyncio.create_task(job(4))\nawait one", "40\n"),
+        ("loop = asyncio.get_running_loop()\nawait job(5)", "50\n"),
+        ("later = asyncio.create_task(job(6));", ""),
+        ("asyncio.run(job(7))", "70\n"),
+        ("asyncio.get_event_loop().run_until_complete(job(8))", "80\n"),
+        ("future = asyncio.Future()\nfuture.set_result(9)\nawait future", "9\n"),
+        ("async with asyncio.Lock():\n    print('held')", "held\n"),
+        ("[n async for n in numbers()]", "[1, 2]\n"),
+        ("%%time\nasyncio.get_running_loop() is not None", None),
+    ],
+)
+def test_a_cell_as_a_whole_has_one_event_loop(worker, cell, stdout):
+    worker.run(JOB + "\nasync def numbers():\n    yield 1\n    yield 2")
+    answer = worker.run(cell)
+    assert (answer.exit_code, answer.stderr) == (0, "")
+    assert stdout is None or answer.stdout == stdout
+
+
+def test_tasks_go_on_between_two_cells(worker):
+    worker.run("import asyncio, os\nread, write = os.pipe()\nasync def f():\n    await asyncio.sleep(0)\n    os.write(write, b'.')")
+    worker.run("task = asyncio.create_task(f())")
+    assert worker.run("os.read(read, 1), task.done()").stdout == "(b'.', True)\n"
+
+
+def test_a_task_that_fails_is_told_of(worker):
+    worker.run("import asyncio, gc\nasync def f(): raise KeyError('in a task')\ntask = asyncio.create_task(f())")
+    assert "KeyError: 'in a task'" in worker.run("await asyncio.sleep(0)\ndel task\ngc.collect();").stderr
+
+
+def test_a_cell_that_a_task_does_not_let_begin_can_be_interrupted(worker):
+    worker.run("import asyncio, os, time\nx = 5\nasync def f():\n    os.write(1, b'on')\n    while True: time.sleep(0.01)")
+    worker.run("task = asyncio.create_task(f())")
+    while "on" not in worker.printed(worker._out[0]):
+        continue
+    worker.ask("print('ran')")
+    worker.process.send_signal(signal.SIGINT)
+    answer = worker.answer()
+    assert (answer.exit_code, answer.stdout) == (130, "")
+    assert worker.run("x").stdout == "5\n"
+
+
+def test_context_variables_of_one_cell_are_there_in_the_next(worker):
+    worker.run("import asyncio, contextvars\nv = contextvars.ContextVar('v')\na = v.set(1)")
+    assert worker.run("await asyncio.sleep(0)\nprint(v.get())\nb = v.set(2)").stdout == "1\n"
+    assert worker.run("print(v.get())\nv.reset(b)\nprint(v.get())\nv.reset(a)").stdout == "2\n1\n"
+
+
+REPLACED = {
+    "a stream without .closed": "import sys\nclass Out:\n    def write(self, text): return len(text)\n    def flush(self): pass\n"
+    "sys.stderr = Out()",
+    "a flush that raises": "import sys\nclass Out:\n    closed = False\n    def write(self, text): return len(text)\n"
+    "    def flush(self): raise TypeError\nsys.stderr = Out()",
+    "streams deleted": "import sys\ndel sys.stdout, sys.stderr, sys.stdin",
+    "streams detached": "import sys\nsys.stdout.detach();",
+    "descriptors closed": "import os\nfor n in (0, 1, 2): os.close(n)",
+    "descriptors replaced": "import os\nos.dup2(os.open('/dev/null', os.O_RDWR), 1);",
+    "clocks": "import time\ntime.perf_counter = time.process_time = lambda: float('nan')",
+    "os": "import os\nos.getpid = os.write = os.read = os.dup2 = os._exit = None",
+    "builtins": "import builtins\nbuiltins.len = builtins.isinstance = builtins.getattr = builtins.setattr = None",
+    "no builtins": "del __builtins__",
+    "modules": "import sys\nsys.modules.clear()",
+    "the import system": "import sys\nsys.meta_path.clear()\nsys.path.clear()",
+    "a tracer that raises": "import sys\ndef trace(*_): raise ValueError\nsys.settrace(trace)",
+    "a profiler that raises": "import sys\ndef trace(*_): raise ValueError\nsys.setprofile(trace)",
+    "the limit of recursion": "import sys\nsys.setrecursionlimit(60)",
+    "linecache": "import linecache\nlinecache.cache = None",
+    "traceback": "import traceback\ntraceback.TracebackException = traceback.StackSummary = None",
+    "json": "import json\njson.loads = json.dumps = None",
+    "the display hook": "import sys\ndel sys.displayhook",
+    "SIGINT": "import signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)",
+    "an alarm that rings later": "import signal\ndef ring(*_): raise TimeoutError\nsignal.signal(signal.SIGALRM, ring)\n"
+    "signal.setitimer(signal.ITIMER_REAL, 0.001);",
+}
+
+
+@pytest.mark.parametrize("code", REPLACED.values(), ids=REPLACED)
+def test_nothing_that_a_cell_replaces_costs_the_variables(worker, code):
+    worker.run("kept = 41")
+    worker.run(code)
+    worker.run("0")  # an alarm may ring here
+    assert worker.run("kept + 1").stdout == "42\n"
+    failed = worker.run("1 / 0")
+    assert (failed.exit_code, "ZeroDivisionError" in failed.stderr) == (1, True)
+
+
+def test_what_was_printed_before_a_descriptor_was_closed_is_in_its_own_cell(worker):
+    assert worker.run("import os\nprint('before', end='')\nos.close(1)").stdout == "before"
+
+
+def test_a_stand_in_for_stdout_stays_from_cell_to_cell(worker):
+    worker.run("import sys, io\nlog = io.StringIO()\nsys.stdout = log")
+    worker.run("print('into the log')")
+    assert worker.run("sys.stdout = sys.__stdout__\nlog.getvalue()").stdout == "'into the log\\n'\n"
+
+
+def test_what_c_code_prints_is_in_its_own_cell_and_in_its_place(worker):
+    code = "import ctypes\nprint('a')\nctypes.CDLL(None).puts(b'from C')\nprint('b')"
+    assert worker.run(code).stdout == "a\nfrom C\nb\n"
+
+
+@pytest.mark.parametrize("code", ["5; # quiet", "(5\n # why\n);", "'é'  ;", "x = 1\nx;  # a; b"])
+def test_a_semicolon_behind_the_last_expression_keeps_it_quiet(worker, code):
+    assert worker.run(code).stdout == ""
+
+
+@pytest.mark.parametrize("code", ["'a;b' # c;", "'a'\n# c;"])
+def test_a_semicolon_anywhere_else_does_not(worker, code):
+    assert worker.run(code).stdout.startswith("'a")
+
+
+@pytest.mark.parametrize("code", ["print('\0')", "'\ud800'", "x = '\udce9' +", "\ufeff1", "\u2028", "%%bash\n\0", "!\ud800"])
+def test_code_with_odd_characters_is_answered(worker, code):
+    assert worker.run(code).exit_code in (0, 1)
+    assert worker.run("1").stdout == "1\n"
+
+
+def test_the_search_path_begins_with_the_working_folder_once(worker):
+    assert worker.run("import sys\nsys.path.count('')").stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("env", "code", "stdout"),
+    [
+        ({"TZ": "Asia/Tokyo"}, "import time\ntime.tzname[0], time.localtime(0).tm_hour", "('JST', 9)\n"),
+        ({"PYTHONPATH": "/a:/b"}, "import sys\nsys.path[:3]", "['', '/a', '/b']\n"),
+        ({"PYTHONWARNINGS": "error"}, "import sys\nsys.warnoptions", "['error']\n"),
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, "import sys\nsys.dont_write_bytecode", "True\n"),
+        ({"PYTHONPYCACHEPREFIX": "/c"}, "import sys\nsys.pycache_prefix", "'/c'\n"),
+        ({"PYTHONIOENCODING": "latin-1:replace"}, "import sys\nsys.stdout.encoding, sys.stdout.errors", "('latin-1', 'replace')\n"),
+    ],
+)
+def test_variables_that_come_later_hold_in_a_running_interpreter(worker, env, code, stdout):
+    assert worker.run(code, **env).stdout == stdout
+
+
+def test_another_value_of_a_variable_takes_the_place_of_the_first(worker):
+    worker.run("import sys", PYTHONPATH="/a", PYTHONWARNINGS="error")
+    assert worker.run("sys.path[:2], sys.warnoptions", PYTHONPATH="/b", PYTHONWARNINGS="ignore").stdout == (
+        "(['', '/b'], ['ignore'])\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "stdout"),
+    [
+        ("%%bash --out x\necho hi", ""),
+        ("%%bash --no-raise-error\nexit 3", ""),
+        ("%%bash -s a b\necho $2 $1", "b a\n"),
+        ("%%bash -euo pipefail\ntrue\necho on", "on\n"),
+        ("%%script cat\nthe cell", "the cell\n"),
+        ("%%python3\nprint(6 * 7)", "42\n"),
+    ],
+)
+def test_options_of_scripts_are_heeded(worker, code, stdout):
+    answer = worker.run(code)
+    assert (answer.exit_code, answer.stdout) == (0, stdout)
+
+
+def test_what_a_script_printed_can_be_kept(worker):
+    worker.run("%%bash --out out --err err --no-raise-error\necho a\necho b >&2\nexit 3")
+    assert worker.run("out, err").stdout == "('a\\n', 'b\\n')\n"
+
+
+@pytest.mark.parametrize("code", ["%%bash --out\nx", "%%bash --out 1x\nx", "%%script\nx", "%%script nosuchprogram\nx"])
+def test_a_script_that_can_not_be_run_is_an_error(worker, code):
+    answer = worker.run(code)
+    assert (answer.exit_code, bool(answer.stderr)) == (1, True)
