@@ -214,6 +214,8 @@ class Space:
         self.inputs.append(source)
         self.cut, self.shown, self.count, self.interrupts = False, 0, 0, 0
         self.names["__builtins__"] = builtins
+        modules = sys.modules
+        modules["builtins"], modules["sys"], modules["__main__"] = builtins, sys, self.module
         self.names.pop("__warningregistry__", None)
         if _signal.getsignal(_signal.SIGINT) is not self.interrupted:
             _signal.signal(_signal.SIGINT, self.interrupted)
