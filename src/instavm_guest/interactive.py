@@ -150,7 +150,7 @@ def start(space: Any) -> Notebook:
 def _shell_class(space: Any) -> Any:
     """The shell of a sandbox, which needs IPython to be defined."""
     from IPython.core import magics as classes  # type: ignore[import-not-found]  # noqa: PLC0415
-    from IPython.core import page
+    from IPython.core import page  # noqa: PLC0415
     from IPython.core.displaypub import DisplayPublisher  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.error import StdinNotImplementedError, UsageError  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell  # noqa: PLC0415

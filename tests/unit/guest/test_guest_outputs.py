@@ -93,7 +93,8 @@ def test_a_form_that_fails_shows_no_frames_of_ours(worker):
 
 @pytest.mark.parametrize("bundle", ["['text/html']", "{5: 'x'}", "{'html': 'x'}", "{'image/png': 'no base64!'}"])
 def test_a_bundle_that_is_none_is_told_and_the_text_is_there(worker, bundle):
-    answer = worker.run(f"class A:\n    def __repr__(self): return 'A'\n    def _repr_mimebundle_(self, **k): return {bundle}\nA()")
+    code = "class A:\n    def __repr__(self): return 'A'\n"
+    answer = worker.run(code + f"    def _repr_mimebundle_(self, **k): return {bundle}\nA()")
     assert (answer.exit_code, answer.stdout, answer.outputs) == (0, "A\n", [])
     assert "left out" in answer.stderr
 

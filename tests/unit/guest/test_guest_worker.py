@@ -223,9 +223,9 @@ def test_a_cell_as_a_whole_has_one_event_loop(worker, cell, stdout):
 
 def test_tasks_go_on_between_two_cells(worker):
     worker.run("import asyncio, os\nasync def f():\n    await asyncio.sleep(0)\n    os.write(1, b'on')")
-    worker.run("task = asyncio.create_task(f())")
-    while "on" not in worker.printed(worker._out[0]):
-        continue
+    printed = worker.run("task = asyncio.create_task(f())").stdout
+    while "on" not in printed:
+        printed += worker.printed(worker._out[0])
     assert worker.run("task.done()").stdout == "True\n"
 
 
@@ -236,9 +236,9 @@ def test_a_task_that_fails_is_told_of(worker):
 
 def test_a_cell_that_a_task_does_not_let_begin_can_be_interrupted(worker):
     worker.run("import asyncio, os, time\nx = 5\nasync def f():\n    os.write(1, b'on')\n    while True: time.sleep(0.01)")
-    worker.run("task = asyncio.create_task(f())")
-    while "on" not in worker.printed(worker._out[0]):
-        continue
+    printed = worker.run("task = asyncio.create_task(f())").stdout
+    while "on" not in printed:
+        printed += worker.printed(worker._out[0])
     worker.ask("print('ran')")
     worker.process.send_signal(signal.SIGINT)
     answer = worker.answer()
