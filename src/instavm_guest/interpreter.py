@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from instavm_guest import environment, frames
 from instavm_guest.frames import Message
-from instavm_guest.programs import EXIT_MISSING, Outputs, Programs, memory_file
+from instavm_guest.processes import Log
+from instavm_guest.programs import EXIT_MISSING, EXIT_NOT_STARTED, Outputs, Programs, memory_file
 from instavm_guest.worker import (
     ANSWER,
     ANSWERED,
@@ -46,19 +48,25 @@ SECONDS_MAX, KIB_MAX, EXITS = 10**9, 1 << 40, range(256)
 """What a worker may tell of a cell: the host takes no more."""
 COUNT_CPU_AFTER_S = 0.2
 """From when on the CPU time of a cell is known even if its worker dies."""
+LIMIT = struct.Struct("!I")
+LATE_BYTES = 256 << 10
+"""Kept of what is printed between two cells: the latest so many bytes."""
 
 
 class Kind(NamedTuple):
     """A language whose state persists.
 
     source: what its worker reads from SOURCE_FD. too_late: of the environment that a worker was started with and variables that
-    came since, the names that it does not heed any more.
+    came since, the names that it does not heed any more. limit: how its worker is told, ahead of the code, how many milliseconds
+    a cell may take. keeps_late: whether what is printed between two cells goes to the second.
     """
 
     name: str
     programs: tuple[tuple[str, ...], ...]
     source: bytes
     too_late: Callable[[Mapping[str, str], Mapping[str, str]], list[str]] = lambda begun, new: []
+    limit: struct.Struct | None = None
+    keeps_late: bool = False
 
 
 def python() -> Kind:
@@ -79,11 +87,19 @@ def python() -> Kind:
 
 
 def javascript() -> Kind:
-    source = Path(__file__).with_name("worker.js").read_bytes()
-    bootstrap = f"eval(require('fs').readFileSync({SOURCE_FD}, 'utf8'))"
-    return Kind(
-        "javascript", tuple((name, "--expose-internals", "-e", bootstrap) for name in ("node", "nodejs")), source
+    here = Path(__file__).parent
+    source = json.dumps({name: (here / f"{name}.js").read_text() for name in ("worker", "source", "pending")}).encode()
+    bootstrap = (
+        f"const texts = JSON.parse(require('fs').readFileSync({SOURCE_FD}, 'utf8')), made = {{}};"
+        "const load = (name) => { if (!(name in texts)) return require(name);"
+        "if (!(name in made)) { const module = made[name] = { exports: {} };"
+        "require('vm').compileFunction(texts[name], ['require', 'module'], { filename: 'instavm-' + name })(load, module); }"
+        "return made[name].exports; };"
+        "load('worker')"
     )
+    flags = ("--expose-internals", "--experimental-vm-modules")  # the second: Node 18 lets no cell import() without it
+    programs = tuple((name, *flags, "-e", f"(() => {{ {bootstrap} }})()") for name in ("node", "nodejs"))
+    return Kind("javascript", programs, source, LIMIT, keeps_late=True)
 
 
 class Cell(NamedTuple):
@@ -116,6 +132,8 @@ class Interpreter:
         self._inbox = bytearray()
         self._number = 0
         self._outputs: Outputs | None = None
+        self._late = Log(LATE_BYTES)
+        """What was printed since the latest cell ended."""
         self._env: dict[str, str] = {}
         self._cwd = "/app"
         self._begun: dict[str, str] = {}
@@ -246,7 +264,7 @@ class Interpreter:
         source = memory_file(self._kind.source)
         pulse, self._pulse = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._pulse, False)
-        outputs = Outputs(self._agent)
+        outputs = Outputs(self._agent, self._printed_late if self._kind.keeps_late else None)
         fds = [null, *outputs.write_ends(), theirs.fileno(), source, pulse]
         self._line, self._inbox, self._outputs = ours, bytearray(), outputs
         self._output_left = 0
@@ -270,9 +288,11 @@ class Interpreter:
         extra = json.dumps(env).encode() if env else b""
         first = bool(self._fresh)
         flags = self._fresh | (AWAIT if self._interrupted else 0)
+        limit = self._kind.limit
+        code = cell.code if limit is None else limit.pack(int(cell.timeout_s * 1000)) + cell.code
         self._began = time.monotonic()
         try:
-            self._line.sendall(ASK.pack(flags, len(cell.code), len(extra)) + cell.code + extra)
+            self._line.sendall(ASK.pack(flags, len(code), len(extra)) + code + extra)
         except OSError:
             self._unread = True  # it died just now: _died sees to the cell
         # From here on it works, and we beside it; what it says is heard when we are back in the loop.
@@ -281,6 +301,10 @@ class Interpreter:
         self._reason = self._cpu_at_pulse = None
         self._restarted = self._interrupted = False
         self._fresh, self._new_env = 0, {}
+        if self._late.end:
+            for kind, data in self._late.read(0, LATE_BYTES):
+                self._agent.send(kind, cell.request, data)
+            self._late = Log(LATE_BYTES)
         self._outputs.belong_to(cell.request)
         self._used = True
         if self._unheeded:
@@ -292,6 +316,9 @@ class Interpreter:
         names, self._unheeded = ", ".join(self._unheeded), []
         note = f"[instavm] {names}: read when an interpreter starts; this one keeps its variables and goes on without\n"
         self._agent.send(frames.STDERR, request, note.encode())
+
+    def _printed_late(self, kind: int, data: bytes) -> None:
+        self._late.add(kind, data)
 
     def _rehearse_answer(self) -> None:
         """Go through the motions of an answer while the worker has its first cell, which takes it longer than this.
@@ -369,7 +396,7 @@ class Interpreter:
         if self._pulse is not None:
             os.close(self._pulse)
             self._pulse = None
-        ran = report["exit"] != EXIT_MISSING
+        ran = report["exit"] != EXIT_MISSING and not (unread and report["exit"] == EXIT_NOT_STARTED)
         if self._current is None:
             self._lost = ran
         elif (
@@ -396,7 +423,7 @@ class Interpreter:
         assert cell is not None and self._outputs is not None
         if self._reason is not None:
             self._kill_children()
-        self._outputs.end()
+        self._outputs.end(self._line is not None)
         reason = self._reason
         if reason is None and exit_code != 0:
             reason = self._why(exit_code)

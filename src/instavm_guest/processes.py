@@ -46,7 +46,9 @@ class Refused(Exception):
 class Log:
     """The latest of what a process wrote, in order, on both streams. Positions count its bytes since it was started."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = LOG_BYTES) -> None:
+        """limit: bytes that are kept."""
+        self._limit = limit
         self._pieces: deque[tuple[int, bytearray]] = deque()
         self.begin = 0
         self.end = 0
@@ -61,7 +63,7 @@ class Log:
             self._pieces[-1][1].extend(data)
         else:
             self._pieces.append((kind, bytearray(data)))
-        while self.cost > LOG_BYTES:
+        while self.cost > self._limit:
             self.shorten()
 
     def shorten(self) -> None:
@@ -250,7 +252,6 @@ class Processes:
                 fds,
                 lambda report: self._exited(process, report),
                 on_start=on_start,
-                cwd_must=True,
             )
         except OSError:
             process.close_input()

@@ -29,6 +29,8 @@ PASSED_ON = "bytes, and nothing else"
 """What a handler of the agent's loop returns when it can't have changed a deadline."""
 EXIT_MISSING = 127
 """No such program in this image."""
+EXIT_NOT_STARTED = 126
+"""It could not be started, as where its working folder is gone."""
 
 
 class Output:
@@ -103,11 +105,13 @@ class Outputs:
         for output in self._both:
             output.request = request
 
-    def end(self) -> None:
-        """Pass on what was written until now. What still writes may go on: that is nobody's any more."""
+    def end(self, keep: bool = False) -> None:
+        """Pass on what was written until now. What still writes may go on: if `keep`, for the sink, else for nobody."""
         self.drain()
         for output in self._both:
-            output.request = output.sink = None
+            output.request = None
+            if not keep:
+                output.sink = None
 
     def drain(self) -> None:
         """Pass on what is in the pipes by now; bounded, since another process may go on writing."""
@@ -177,15 +181,14 @@ class Programs:
         on_exit: Callable[[Message], None],
         *,
         on_start: Callable[[int], None] | None = None,
-        cwd_must: bool = False,
     ) -> int:
         """Start the first of `programs` that the image has; the number by which it can be signalled.
 
-        on_start: is told its pid, before `on_exit` is told of its end. cwd_must: without `cwd` it does not start, else it
-        starts in `/`. Raises: OSError, also for an environment that is too long.
+        cwd: where it cannot begin in there it does not start: exit code 126, and a line on its stderr. on_start: is told its
+        pid, before `on_exit` is told of its end. Raises: OSError, also for an environment that is too long.
         """
         number = self._number + 1
-        ask = json.dumps({"id": number, "programs": programs, "env": env, "cwd": cwd, "must": cwd_must}).encode()
+        ask = json.dumps({"id": number, "programs": programs, "env": env, "cwd": cwd}).encode()
         procs = cgroup.open_procs()
         try:
             socket.send_fds(self._line, [ask], [procs, *fds])

@@ -181,10 +181,10 @@ def _become(ask: Message, fds: list[int]) -> None:
             signal.signal(name, signal.SIG_DFL)
         try:
             os.chdir(ask["cwd"])
-        except OSError:
-            if ask["must"]:
-                raise
-            os.chdir("/")
+        except OSError as exc:
+            refusal = f"the working folder {ask['cwd']} cannot be used ({exc.strerror}): nothing was run\n"
+            os.write(2, refusal.encode("utf-8", "surrogateescape"))
+            os._exit(126)
         os.closerange(len(high), 256)
         env = ask["env"]
         if ask["programs"][0][0] == courier.PROGRAM:

@@ -45,3 +45,41 @@ async def test_a_language_that_the_image_lacks_is_127_and_a_clear_line(sandbox):
 async def test_sh_is_a_language_too(sandbox):
     result = await sandbox.node.execute(sandbox.vm_id, Command("echo $0; exit 4", "sh", 30))
     assert (result.stdout, result.exit_code) == ("sh\n", 4)
+
+
+async def test_a_javascript_call_waits_for_what_it_started_and_names_the_owner_of_what_comes_later(sandbox):
+    async def js(code, timeout_s=60.0):
+        return await sandbox.node.execute(sandbox.vm_id, Command(code, "javascript", timeout_s))
+
+    sleep = "const sleep = (ms) => new Promise((done) => setTimeout(done, ms));"
+    done = await js(f"{sleep} async function main() {{ await sleep(200); console.log('done'); }}\nmain();")
+    assert (done.stdout, done.stderr, done.exit_code) == ("done\n", "", 0)
+    late = await js("sleep(100).then(() => { throw new Error('late') }); undefined")
+    assert (late.exit_code, late.stderr.splitlines()[0]) == (1, "Uncaught (in promise) Error: late")
+    exited = await js("setTimeout(() => process.exit(3), 100)")
+    assert (exited.stdout, exited.stderr, exited.exit_code) == ("", "", 3)
+    assert (await js("import { join } from 'node:path';\nconsole.log(join('a', 'b'))")).stdout == "a/b\n"
+    assert (await js("(await import('node:path')).sep")).stdout == "'/'\n"
+    await sandbox.bash("echo '{\"answer\": 42}' > /app/data.json")
+    assert (await js("import data from './data.json' with { type: 'json' }; data.answer")).stdout == "42\n"
+    left = await js("setTimeout(() => console.log('between calls'), 300).unref(); undefined")
+    assert (left.stdout, left.exit_code) == ("", 0)
+    await sandbox.bash("sleep 1")
+    assert (await js("console.log('mine')")).stdout == "between calls\nmine\n"
+
+
+GONE = "the working folder /app cannot be used ({}): nothing was run\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"), [("rm -rf /app", "No such file or directory"), ("rm -rf /app; touch /app", "Not a directory")]
+)
+async def test_where_the_working_folder_is_gone_nothing_is_run_elsewhere(sandbox, spoil, why):
+    await sandbox.bash(f"cd /; {spoil}")
+    for language in ("bash", "sh", "javascript"):
+        result = await sandbox.node.execute(sandbox.vm_id, Command("echo; 1", language, 60))
+        assert (result.stdout, result.stderr, result.exit_code) == ("", GONE.format(why), 126)
+    lost = await sandbox.python("import os; os._exit(3)")
+    assert (lost.exit_code, lost.reason) == (3, "interpreter_crashed")
+    refused = await sandbox.python("print(1)")
+    assert (refused.stdout, refused.exit_code) == ("", 126) and refused.stderr.startswith(GONE.format(why))
