@@ -83,7 +83,7 @@ def python() -> Kind:
     programs = tuple(
         (name, "-u", "-c", bootstrap) for name in ("python3", "python")
     )  # -u: what C code prints is not held back
-    return Kind("python", programs, source, too_late=environment.needs_a_new_one)
+    return Kind("python", programs, source, too_late=environment.needs_a_new_one, keeps_late=True)
 
 
 def javascript() -> Kind:
@@ -99,7 +99,7 @@ def javascript() -> Kind:
     )
     flags = ("--expose-internals", "--experimental-vm-modules")  # the second: Node 18 lets no cell import() without it
     programs = tuple((name, *flags, "-e", f"(() => {{ {bootstrap} }})()") for name in ("node", "nodejs"))
-    return Kind("javascript", programs, source, LIMIT, keeps_late=True)
+    return Kind("javascript", programs, source, limit=LIMIT, keeps_late=True)
 
 
 class Cell(NamedTuple):
