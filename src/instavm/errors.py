@@ -39,13 +39,48 @@ InstaVMError
 
 from __future__ import annotations
 
+import pickle
 import reprlib
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound="InstaVMError")
 
 
 class InstaVMError(Exception):
-    """What a caller may want to catch. `code` is for programs and stays; the text is for people."""
+    """What a caller may want to catch. `code` is for programs and stays; the text is for people.
+
+    Errors can be pickled and copied, whatever their constructors take: they cross the processes of a pool whole.
+    """
 
     code = "internal"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self._state())
+
+    def __copy__(self: E) -> E:
+        return _restored(type(self), self.args, vars(self))
+
+    def _state(self) -> dict[str, Any]:
+        """The attributes, all of which can be pickled: one that cannot be is represented by its text."""
+        return {name: value if _picklable(value) else repr(value) for name, value in vars(self).items()}
+
+
+def _restored(kind: type[E], args: tuple[Any, ...], state: dict[str, Any]) -> E:
+    """An error as it was, made without its constructor."""
+    exc = kind.__new__(kind, *args)
+    exc.args = args
+    vars(exc).update(state)
+    return exc
+
+
+def _picklable(value: object) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return True
+    try:
+        pickle.dumps(value)
+    except Exception:  # whatever the value's own code raises
+        return False
+    return True
 
 
 class InvalidInput(InstaVMError):

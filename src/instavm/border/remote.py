@@ -258,10 +258,10 @@ async def connected(
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch)
-        tasks.start_soon(remote.watch)
         try:
             node = cast(Node, remote)
             remote.tier = (await node.info()).tier
+            tasks.start_soon(remote.watch)  # not before: a node that starts answers when it is open
             yield node
         finally:
             tasks.cancel_scope.cancel()
