@@ -17,6 +17,7 @@ from instavm.border import calls
 from instavm.border.link import LENGTH, WINDOW_BYTES, Kind, linked
 from instavm.border.remote import connected
 from instavm.border.service import serve
+from instavm.client.errors import tree
 from instavm.control.node import Node
 from instavm.errors import (
     BootFailed,
@@ -91,9 +92,7 @@ async def test_what_a_node_raises_is_raised(node):
             await anext(remote.get_file("vm-a", "nothing"))
 
 
-@pytest.mark.parametrize(
-    "kind", [one for one in vars(errors).values() if isinstance(one, type)], ids=lambda one: one.__name__
-)
+@pytest.mark.parametrize("kind", list(tree()), ids=lambda one: one.__name__)
 def test_errors_keep_their_class_words_and_values(kind):
     made = kind("field", "value", "allowed") if issubclass(kind, InvalidInput) else kind("words")
     if hasattr(made, "retry_after_s"):
