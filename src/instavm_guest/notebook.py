@@ -7,6 +7,7 @@ everybody uses are here. A cell comes here only after Python has refused it as a
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -151,7 +152,7 @@ class Plain:
     interactive = None
 
     def __init__(self, space: Any, why: Exception) -> None:
-        absent = isinstance(why, ModuleNotFoundError) and why.name == "IPython"
+        absent = importlib.util.find_spec("IPython") is None
         self._why = "which this image's Python does not have" if absent else f"which does not start here: {why!r}"
         self._names = space.names
         scripts = Scripts(space.names)
