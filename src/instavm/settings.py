@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 import platformdirs
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from instavm.errors import HostNotReady, InvalidInput
+
+CLIENT_ONLY: Final[Mapping[str, str]] = {
+    "INSTAVM_BASE_URL": "Address of the server that the SDK and the command line use; without it they start one of their own.",
+    "INSTAVM_API_KEY": "Key that the command line sends.",
+}
+"""Variables that clients read and a server ignores, each with its meaning."""
+SECRET: Final = frozenset({"egress_proxy"})
+"""Settings that may hold a password."""
+FOR_TESTS: Final = "INSTAVM_TEST_"
+"""Prefix of variables that only the project's tests read."""
 
 
 def _root() -> bool:
@@ -34,11 +48,27 @@ class Places(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="INSTAVM_", frozen=True, extra="ignore")
 
     cache_dir: Path = Field(default_factory=_cache_dir)
-    """Images and kernels: can be made again, worth keeping between runs."""
+    """Images and kernels: can be made again, worth keeping between runs. By default `/var/cache/instavm` for root, else a folder
+    in the user's cache directory."""
     state_dir: Path = Field(default_factory=_state_dir)
-    """Database, templates and running sandboxes. Root (or the user) only, mode 0700."""
+    """Database, templates and running sandboxes. Root (or the user) only, mode 0700. By default `/var/lib/instavm` for root, else
+    a folder in the user's state directory."""
     runtime_dir: Path = Field(default_factory=_runtime_dir)
-    """Sockets. Mode 0700."""
+    """Sockets. Mode 0700. By default `/run/instavm` for root, else a folder in the user's runtime directory."""
+
+    def __init__(self, **given: Any) -> None:
+        """Raises InvalidInput: a value is refused. It names the variable."""
+        try:
+            super().__init__(**given)
+        except ValidationError as exc:
+            problem = exc.errors(include_url=False)[0]
+            name = str(problem["loc"][0])
+            shown = "(not shown)" if name in SECRET else problem["input"]
+            allowed = problem["msg"].removeprefix("Input should be ")
+            raise InvalidInput(f"INSTAVM_{name.upper()}", shown, allowed) from None
+        except SettingsError as exc:  # it names the field in its text alone
+            name = f"INSTAVM_{str(exc).split(chr(34))[1].upper()}"
+            raise InvalidInput(name, os.environ.get(name), "a list in JSON, such as [\"…\"]") from None
 
     @field_validator("cache_dir", "state_dir", "runtime_dir")
     @classmethod
@@ -150,8 +180,11 @@ class Settings(Places):
     """How many sandboxes a tenant without a quota of its own may have at one time. This and the next four hold for
     `serve`; the embedded server serves one user and has only the host's limits."""
     quota_vcpus: int | None = Field(None, ge=0)
+    """How many vCPUs its sandboxes may have together. None = no limit."""
     quota_memory_mib: int | None = Field(None, ge=0)
+    """How much memory its sandboxes may have together. None = no limit."""
     quota_lifetime_s: int | None = Field(30 * 86_400, ge=20)
+    """The longest lifetime of one of its sandboxes."""
     quota_disk_mib: int | None = Field(50_000, ge=0)
     """What a tenant's snapshots and suspended sandboxes may take on the host's disk together."""
     memory_overcommit: float = Field(1.0, gt=0, le=16)
@@ -162,6 +195,7 @@ class Settings(Places):
     requests_per_s: float = Field(100.0, gt=0)
     """Per API key, on average; `requests_burst` of them may come at once. Not on a private socket."""
     requests_burst: int = Field(300, ge=1)
+    """How many requests of one API key may come at once."""
     on_shutdown: Literal["stop", "leave"] = "stop"
     """What `serve` does with its sandboxes when it is told to end: end them too, or leave them to the next server on the
     same state directory. The embedded server always ends them."""
@@ -169,10 +203,24 @@ class Settings(Places):
     idle_exit_s: float = Field(300.0, gt=0)
     """The embedded server ends after so long without a client and without a sandbox."""
 
+    def model_post_init(self, _: Any) -> None:
+        """Raises HostNotReady: a variable of the environment is misspelt, or of another version."""
+        refuse_unknown(os.environ)
+
     def environment(self) -> dict[str, str]:
         """Variables from which another process makes the same settings, but for what is none of its business."""
-        told = self.model_dump(mode="json", exclude={"egress_proxy"}, exclude_none=True)  # its password
+        told = self.model_dump(mode="json", exclude=set(SECRET), exclude_none=True)
         return {
             f"INSTAVM_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
             for name, value in told.items()
         }
+
+
+def refuse_unknown(environment: Mapping[str, str]) -> None:
+    """Raises HostNotReady for the first name that looks like a setting and is none."""
+    known = {f"INSTAVM_{name.upper()}" for name in Settings.model_fields} | CLIENT_ONLY.keys()
+    for name in sorted(environment):
+        if name.startswith("INSTAVM_") and name not in known and not name.startswith(FOR_TESTS):
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "docs/settings.md lists them."
+            raise HostNotReady(f"{name}: there is no such setting; {hint}")
