@@ -19,31 +19,15 @@ from pathlib import Path
 
 from instavm import InstaVM
 from instavm.bench import report
+from instavm.contract.egress import Egress, EgressDecision, EgressLog
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.files import StoredFile
+from instavm.contract.host import HostMemory, NodeInfo, NodeMetrics
+from instavm.contract.isolation import Isolation, Tier
+from instavm.contract.processes import ProcessLog, ProcessSpec, ProcessState, ProcessWait
+from instavm.contract.sandboxes import Ended, SandboxSpec, Started
+from instavm.contract.snapshots import Pull, Pulled, Stored
 from instavm.errors import InstaVMError, ProcessNotFound
-from instavm.sandbox import (
-    Command,
-    Egress,
-    EgressDecision,
-    EgressLog,
-    Ended,
-    HostMemory,
-    Isolation,
-    NodeInfo,
-    NodeMetrics,
-    Outcome,
-    OutputSink,
-    ProcessLog,
-    ProcessSpec,
-    ProcessState,
-    ProcessWait,
-    Pull,
-    Pulled,
-    SandboxSpec,
-    Started,
-    Stored,
-    StoredFile,
-    Tier,
-)
 from instavm.serve import run_embedded
 from instavm.settings import Settings
 

@@ -19,9 +19,9 @@ from typing import Final
 import anyio
 
 from instavm.border import confined, host, remote
+from instavm.contract.node import Node
 from instavm.control import listen, locks
 from instavm.control.listen import Listener
-from instavm.control.node import Node
 from instavm.errors import HostNotReady, InstaVMError
 from instavm.log import to_file, to_stderr
 from instavm.node import descriptors, precedence

@@ -9,6 +9,7 @@ from guest_line import guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instavm.contract.executions import Command
 from instavm.errors import (
     ExecutionError,
     GuestProtocolError,
@@ -20,7 +21,6 @@ from instavm.errors import (
     RateLimitError,
 )
 from instavm.node import processes
-from instavm.sandbox import Command
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio

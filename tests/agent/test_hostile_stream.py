@@ -9,9 +9,9 @@ from guest_line import guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instavm.contract.executions import Command, Outcome
 from instavm.errors import GuestProtocolError, InstaVMError
 from instavm.node import files
-from instavm.sandbox import Command, Outcome
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio

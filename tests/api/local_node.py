@@ -23,6 +23,13 @@ from pathlib import Path
 
 import anyio
 
+from instavm.contract.egress import NOTHING, Egress, EgressDecision, EgressLog, Seen
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.files import StoredFile
+from instavm.contract.host import HostMemory, NodeInfo, NodeMetrics
+from instavm.contract.isolation import Isolation, Tier
+from instavm.contract.sandboxes import Ended, EndReason, SandboxSpec, Started
+from instavm.contract.snapshots import Pull, Pulled, Stored
 from instavm.errors import (
     BootFailed,
     CorruptSnapshot,
@@ -41,29 +48,6 @@ from instavm.node.network.decision import Decider
 from instavm.node.network.filter.check import check
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.policy import Policy, Registry
-from instavm.sandbox import (
-    NOTHING,
-    Command,
-    Egress,
-    EgressDecision,
-    EgressLog,
-    Ended,
-    EndReason,
-    HostMemory,
-    Isolation,
-    NodeInfo,
-    NodeMetrics,
-    Outcome,
-    OutputSink,
-    Pull,
-    Pulled,
-    SandboxSpec,
-    Seen,
-    Started,
-    Stored,
-    StoredFile,
-    Tier,
-)
 from instavm.settings import Settings
 
 BOOT_FAILS_MIB = 257

@@ -7,6 +7,7 @@ import pytest
 from local_node import open_local_node
 from sqlalchemy import update
 
+from instavm.contract.sandboxes import EndReason, SandboxSpec
 from instavm.control.accounts import LocalAccounts
 from instavm.control.control import open_control
 from instavm.control.lifecycle import State
@@ -14,7 +15,6 @@ from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
 from instavm.control.store.schema import vms
 from instavm.errors import HostNotReady
-from instavm.sandbox import EndReason, SandboxSpec
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
 from instavm.wire.tasks import ExecuteAsync

@@ -7,13 +7,13 @@ from local_node import open_local_node
 
 from instavm import AsyncInstaVM
 from instavm.cli.app import run
+from instavm.contract.egress import NOTHING, Egress, EgressLog, Seen
 from instavm.control.accounts import LocalAccounts
 from instavm.control.control import open_control
 from instavm.control.quotas import Policy
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
 from instavm.errors import HostNotReady, InvalidInput
-from instavm.sandbox import NOTHING, Egress, EgressLog, Seen
 from instavm.wire.sessions import CreateSession
 
 ME = Tenant("local", "me", None)

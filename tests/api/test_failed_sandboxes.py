@@ -5,11 +5,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from local_node import BOOT_FAILS_MIB
 
+from instavm.contract.sandboxes import EndReason
 from instavm.control.causes import cause
 from instavm.control.lifecycle import STATES_OF_WORD, State, word
 from instavm.control.store.sessions import VmRow
 from instavm.errors import BootFailed
-from instavm.sandbox import EndReason
 
 
 def test_a_boot_that_failed_can_be_read_afterwards(http):

@@ -3,13 +3,13 @@
 import pytest
 from local_node import open_local_node
 
+from instavm.contract.sandboxes import EndReason
 from instavm.control.accounts import LocalAccounts
 from instavm.control.control import open_control
 from instavm.control.lifecycle import State
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import open_store
 from instavm.errors import HostNotReady, SessionEnded
-from instavm.sandbox import EndReason
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
 from instavm.wire.snapshots import CreateSnapshot

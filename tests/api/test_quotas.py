@@ -4,6 +4,7 @@ import anyio
 import pytest
 from local_node import open_local_node
 
+from instavm.contract.host import HostMemory
 from instavm.control.accounts import KeyedAccounts, Keys, LocalAccounts
 from instavm.control.control import open_control
 from instavm.control.quotas import Policy
@@ -11,7 +12,6 @@ from instavm.control.rates import Rates
 from instavm.control.store.accounts import Quota, Tenant
 from instavm.control.store.database import open_store
 from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError, RateLimitError
-from instavm.sandbox import HostMemory
 from instavm.wire.sessions import CreateSession
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ from local_node import (
 )
 
 from instavm import BootFailed, InstaVM, NoCapacity, SessionEnded, SessionNotFound
-from instavm.sandbox import EndReason
+from instavm.contract.sandboxes import EndReason
 
 STATUS_FIELDS = {
     "session_id",

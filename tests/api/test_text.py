@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from instavm import limits
-from instavm.sandbox import Outcome
+from instavm.contract.executions import Outcome
 
 ANY = st.text(st.characters(), max_size=30) | st.sampled_from(["\ud800", "a\udfffb", "\0", "a\0b", "\u2028", "é", ""])
 DEEP = "[" * 500 + "]" * 500

@@ -4,11 +4,11 @@ from contextlib import asynccontextmanager
 
 import anyio
 
+from instavm.contract.executions import Command
 from instavm.node import identity
 from instavm.node.agent import Agent, connected
 from instavm.node.layers import overlay
 from instavm.node.vmm.base import Saved
-from instavm.sandbox import Command
 
 
 async def python(agent, code):

@@ -8,11 +8,12 @@ from dataclasses import replace
 import anyio
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.isolation import Tier
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node import identity
 from instavm.node.agent import connected
 from instavm.node.vmm import choose
-from instavm.sandbox import Command, Tier
 
 pytestmark = pytest.mark.anyio
 HELLO = Command("print('hello')", "python", 60)

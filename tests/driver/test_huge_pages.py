@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from saved import parent_and_child, running
 
+from instavm.contract.executions import Command
+from instavm.contract.isolation import Tier
 from instavm.errors import HostNotReady, NoCapacity
 from instavm.node import doctor
 from instavm.node.vmm import choose, memory
 from instavm.node.vmm.qemu import QemuDriver
-from instavm.sandbox import Command, Tier
 
 pytestmark = pytest.mark.anyio
 POOL = memory.HUGE_PAGES / "nr_hugepages"

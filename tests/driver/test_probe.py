@@ -2,10 +2,10 @@
 
 import pytest
 
+from instavm.contract.isolation import Tier
 from instavm.node import doctor
 from instavm.node.jail.jail import Jails
 from instavm.node.vmm import choose
-from instavm.sandbox import Tier
 
 pytestmark = pytest.mark.anyio
 

@@ -3,9 +3,9 @@
 import pytest
 from saved import parent_and_child, running, save
 
+from instavm.contract.executions import Command
 from instavm.errors import BootFailed, CorruptSnapshot
 from instavm.node.vmm.firecracker import FirecrackerDriver
-from instavm.sandbox import Command
 
 pytestmark = pytest.mark.anyio
 

@@ -8,9 +8,10 @@ import probed
 import pytest
 from internet import Live
 
+from instavm.contract.egress import Egress
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.node import inventory
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Egress, SandboxSpec
 
 NAMES = itertools.count(1)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from instavm.contract.egress import Egress
+from instavm.contract.executions import Command
 from instavm.node.network import space
 from instavm.node.network.space import Space
-from instavm.sandbox import Command, Egress
 
 METADATA = "169.254.169.254"
 TABLES = 77000

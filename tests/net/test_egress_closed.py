@@ -9,11 +9,11 @@ from pathlib import Path
 import anyio
 import pytest
 
+from instavm.contract.egress import Egress
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node.network import space
 from instavm.node.network.policy import Policy
 from instavm.node.network.rules import TABLE, TCP_PORT, UDP_PORT
-from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
 

@@ -3,7 +3,8 @@
 import pytest
 from internet import Live
 
-from instavm.sandbox import Egress, SandboxSpec
+from instavm.contract.egress import Egress
+from instavm.contract.sandboxes import SandboxSpec
 
 pytestmark = pytest.mark.anyio
 

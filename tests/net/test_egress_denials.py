@@ -9,9 +9,9 @@ import pytest
 from special import SPECIAL
 from wired import wired
 
+from instavm.contract.egress import Egress
 from instavm.node.network.guard import Networks
 from instavm.node.network.policy import Registry
-from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
 OPEN_S = 1.0

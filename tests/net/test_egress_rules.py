@@ -2,8 +2,8 @@
 
 import pytest
 
+from instavm.contract.egress import Egress
 from instavm.node.trust import Trust
-from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
 

@@ -11,9 +11,9 @@ import anyio
 import pytest
 from wired import wired
 
+from instavm.contract.egress import Egress
 from instavm.errors import HostNotReady
 from instavm.node.network.guard import Networks
-from instavm.sandbox import Egress
 
 pytestmark = pytest.mark.anyio
 KILLS = int(os.environ.get("KILLS", "6"))

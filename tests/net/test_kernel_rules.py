@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from instavm.contract.egress import Egress
 from instavm.errors import HostNotReady
 from instavm.node.network import kernel_log, rules, space
 from instavm.node.network.addresses import GATEWAY_MAC, GUEST, GUEST_MAC, STAND_INS
 from instavm.node.network.policy import Policy
-from instavm.sandbox import Egress
 
 LAST = 0xFFFFFFFF
 NO_CHECKSUMS = struct.pack("=BBHHHH", 2, 0, 0, 0, 0, 0)  # virtio_net_hdr with VIRTIO_NET_HDR_F_DATA_VALID

@@ -4,8 +4,9 @@ import probed
 import pytest
 from internet import Live
 
+from instavm.contract.egress import Egress
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Egress, SandboxSpec
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow, pytest.mark.timeout(600)]
 

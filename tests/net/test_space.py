@@ -6,9 +6,9 @@ from contextlib import ExitStack
 
 import pytest
 
+from instavm.contract.egress import EgressLog
 from instavm.node.network import rules, space
 from instavm.node.network.guard import Networks
-from instavm.sandbox import EgressLog
 
 pytestmark = pytest.mark.anyio
 SELECT_MAX = 1024

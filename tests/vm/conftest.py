@@ -7,9 +7,10 @@ import itertools
 import anyio
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.node import inventory
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Command, SandboxSpec
 
 NAMES = itertools.count(1)
 

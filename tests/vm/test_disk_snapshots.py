@@ -5,10 +5,11 @@ import subprocess
 import anyio
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.errors import SnapshotError
 from instavm.node.layers import DEEP, held
 from instavm.node.snapshots import PIN
-from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 

@@ -7,11 +7,11 @@ import anyio
 import psutil
 import pytest
 
+from instavm.contract.sandboxes import EndReason, SandboxSpec
 from instavm.errors import BootFailed, GuestProtocolError, OutcomeUnknown, SessionEnded
 from instavm.node.agent import Execution
 from instavm.node.machines import Prepared
 from instavm.node.vmm.qemu import QemuMachine
-from instavm.sandbox import EndReason, SandboxSpec
 from instavm_guest import frames
 
 pytestmark = pytest.mark.anyio

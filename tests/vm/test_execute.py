@@ -3,8 +3,9 @@
 import anyio
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.errors import BootFailed, SessionEnded
-from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,9 @@ import time
 import anyio
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec, Started
 from instavm.errors import BootFailed, SessionEnded
-from instavm.sandbox import Command, SandboxSpec, Started
 
 pytestmark = pytest.mark.anyio
 NUMBERS = iter(range(1000))

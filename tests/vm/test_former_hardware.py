@@ -5,11 +5,12 @@ from functools import partial
 import probed
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.node import templates
 from instavm.node.runtime import Runtime
 from instavm.node.vmm.base import MachineSpec
 from instavm.node.vmm.qemu import QemuDriver
-from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 VIRTUALIZATION = Command("print({'svm', 'vmx'} & set(open('/proc/cpuinfo').read().split()))", "python", 60)

@@ -10,12 +10,13 @@ import anyio
 import probed
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import EndReason, SandboxSpec
 from instavm.errors import BootFailed, DiskFull, HostNotReady, OutcomeUnknown
 from instavm.node import inventory
 from instavm.node.machines import Machines
 from instavm.node.runtime import Runtime
 from instavm.node.vmm.qemu import QemuMachine
-from instavm.sandbox import Command, EndReason, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 SPEC = SandboxSpec("vm-trouble", 2, 512)
@@ -125,7 +126,8 @@ async def test_a_template_that_was_altered_is_made_again(own, settings, short_fo
 SERVER = """
 import anyio, sys
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Command, EndReason, SandboxSpec
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import EndReason, SandboxSpec
 from instavm.settings import Settings
 
 async def main():

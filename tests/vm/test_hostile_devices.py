@@ -5,8 +5,8 @@ from pathlib import Path
 import anyio
 import pytest
 
+from instavm.contract.sandboxes import EndReason
 from instavm.errors import OutcomeUnknown
-from instavm.sandbox import EndReason
 
 pytestmark = pytest.mark.anyio
 HOSTILE = (Path(__file__).parents[1] / "driver" / "hostile_guest.py").read_text()

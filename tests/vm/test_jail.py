@@ -10,9 +10,11 @@ import anyio
 import pytest
 
 from instavm.client.isolation import verify
+from instavm.contract.executions import Command
+from instavm.contract.isolation import Tier
+from instavm.contract.sandboxes import EndReason, SandboxSpec
 from instavm.errors import IsolationTooWeak, SignatureError
 from instavm.node.jail.cgroups import EMULATOR_MIB, PERIOD_US, TASKS, hierarchies
-from instavm.sandbox import Command, EndReason, SandboxSpec, Tier
 
 pytestmark = pytest.mark.anyio
 

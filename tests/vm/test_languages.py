@@ -2,7 +2,7 @@
 
 import pytest
 
-from instavm.sandbox import Command
+from instavm.contract.executions import Command
 
 pytestmark = pytest.mark.anyio
 

@@ -6,8 +6,8 @@ import signal
 import anyio
 import pytest
 
+from instavm.contract.processes import ProcessSpec
 from instavm.errors import ProcessEnded, ProcessError, ProcessNotFound, RateLimitError
-from instavm.sandbox import ProcessSpec
 
 pytestmark = pytest.mark.anyio
 NAMES = itertools.count(1)

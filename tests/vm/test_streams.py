@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from instavm.sandbox import Command
+from instavm.contract.executions import Command
 
 pytestmark = pytest.mark.anyio
 

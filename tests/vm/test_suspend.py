@@ -12,11 +12,12 @@ import anyio
 import probed
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.errors import CorruptSnapshot, DiskFull, SessionEnded, SnapshotError
 from instavm.node import inventory, saving
 from instavm.node.runtime import Runtime
 from instavm.node.snapshots import CHANGES, DESCRIPTION, STATE
-from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 

@@ -7,9 +7,10 @@ import anyio
 import probed
 import pytest
 
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.node import inventory, machines
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Command, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 OWN = ("/etc/machine-id", "/proc/sys/kernel/random/boot_id", "/sys/class/net/eth0/address")

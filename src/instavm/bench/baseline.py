@@ -22,6 +22,7 @@ from instavm.bench import report
 from instavm.bench.host import MEMORY_OVERCOMMIT, server, tell_probe
 from instavm.bench.interactive import PAUSE_S, first_result
 from instavm.bench.timing import FLOOR, floor_ms
+from instavm.contract.executions import Command
 from instavm.node import identity
 from instavm.node.agent import Agent, connected
 from instavm.node.images.store import Image, ImageStore
@@ -29,7 +30,6 @@ from instavm.node.jail.jail import Jails
 from instavm.node.templates import Template, qemu_img
 from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
 from instavm.node.vmm.choose import choose
-from instavm.sandbox import Command
 from instavm.settings import Settings
 
 OURS: Final = "sandbox: from the constructor to the first result"

@@ -19,11 +19,11 @@ from pathlib import Path
 import anyio
 
 from instavm.bench import report
+from instavm.contract.egress import Egress
 from instavm.errors import HostNotReady
 from instavm.node.network import space
 from instavm.node.network.addresses import GATEWAY, GATEWAY_MAC, GUEST, PREFIX
 from instavm.node.network.guard import Networks
-from instavm.sandbox import Egress
 from instavm.settings import Settings
 
 NAME = "bench.test"

@@ -18,9 +18,10 @@ import anyio
 from instavm.bench import report
 from instavm.bench.host import tell_probe
 from instavm.bench.memory import private_mib
+from instavm.contract.executions import Command
+from instavm.contract.sandboxes import SandboxSpec, Started
 from instavm.errors import InstaVMError
 from instavm.node.runtime import Runtime
-from instavm.sandbox import Command, SandboxSpec, Started
 from instavm.settings import Settings
 
 T = TypeVar("T")

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Final
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from instavm import errors
-from instavm.control.node import Node
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import Ended
 from instavm.errors import InstaVMError
-from instavm.sandbox import Ended
 
 HERE: Final = frozenset({"on_end", "memory", "responds"})
 """Methods that `RemoteNode` answers by itself."""

@@ -20,7 +20,7 @@ import anyio
 
 from instavm.border.confined import Confinement, spawned
 from instavm.border.service import serve
-from instavm.control.node import Node
+from instavm.contract.node import Node
 from instavm.errors import HostNotReady, InstaVMError
 from instavm.node import precedence
 

@@ -14,10 +14,12 @@ import anyio
 from instavm.border.calls import ENDED, METHODS, Bytes, Callback, Method, Value, dumped, load_error, loaded
 from instavm.border.flow import Receiving, Sending
 from instavm.border.link import Kind, Link, linked
-from instavm.control.node import Node
+from instavm.contract.host import HostMemory
+from instavm.contract.isolation import Tier
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import Ended
 from instavm.errors import InstaVMError, NodeUnresponsive, OutcomeUnknown
 from instavm.node import memory
-from instavm.sandbox import Ended, HostMemory, Tier
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from anyio.abc import TaskGroup
 from instavm.border.calls import ENDED, METHODS, Bytes, Callback, Method, dump_error, dumped, loaded
 from instavm.border.flow import Receiving, Sending
 from instavm.border.link import Kind, Link, linked
-from instavm.control.node import Node
+from instavm.contract.node import Node
 from instavm.errors import InstaVMError, NetworkError
 
 log = logging.getLogger(__name__)

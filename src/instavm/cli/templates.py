@@ -58,9 +58,9 @@ def _word(finding: Finding) -> str:
 
 async def _look(image: str, clones: int) -> list[Finding]:
     """On a node of its own, which is gone afterwards."""
+    from instavm.contract.sandboxes import SandboxSpec  # noqa: PLC0415
     from instavm.node.clones import compare  # noqa: PLC0415
     from instavm.node.runtime import Runtime  # noqa: PLC0415
-    from instavm.sandbox import SandboxSpec  # noqa: PLC0415
 
     with tempfile.TemporaryDirectory(prefix="ivm-check-") as place:
         settings = Settings().model_copy(update={"state_dir": Path(place) / "state", "spare_machines": 0})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from datetime import UTC, datetime, timedelta
 
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import EndReason
 from instavm.control.causes import CONSOLE_KEPT
 from instavm.control.lifecycle import State
-from instavm.control.node import Node
 from instavm.control.sessions import Sessions
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, VmRow
-from instavm.sandbox import EndReason
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
+from instavm.contract.node import Node
 from instavm.control.accounts import KeyedAccounts, LocalAccounts
 from instavm.control.api import (
     description,
@@ -27,7 +28,6 @@ from instavm.control.api import (
 )
 from instavm.control.api.edge import Edge
 from instavm.control.control import Control, open_control
-from instavm.control.node import Node
 from instavm.control.quotas import Policy
 from instavm.control.rates import Rates
 from instavm.control.store.database import Store

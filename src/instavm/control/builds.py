@@ -13,14 +13,16 @@ from urllib.parse import urlsplit
 import anyio
 
 from instavm import limits
+from instavm.contract.egress import Egress
+from instavm.contract.executions import Command, Stream
+from instavm.contract.node import Node
+from instavm.contract.snapshots import Pull
 from instavm.control.egress import Egresses
-from instavm.control.node import Node
 from instavm.control.quotas import Quotas
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.snapshots import SnapshotRow
 from instavm.errors import HostNotReady, InstaVMError, SnapshotError
-from instavm.sandbox import Command, Egress, Pull, Stream
 from instavm.wire.egress import SetEgress, domain
 from instavm.wire.snapshots import CreateSnapshot
 from instavm.wire.vms import CreateVm

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Final
 
+from instavm.contract.sandboxes import EndReason
 from instavm.control.store.sessions import VmRow
-from instavm.sandbox import EndReason
 
 CONSOLE_KEPT: Final = timedelta(days=30)
 """How long the last lines of a console are kept after the end of their sandbox; its record stays."""

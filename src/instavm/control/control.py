@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import anyio
 
 from instavm import limits
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import EndReason
 from instavm.control.accounts import Authenticator, Keys
 from instavm.control.adoption import reconcile
 from instavm.control.bounds import Bound
 from instavm.control.egress import Egresses
 from instavm.control.executions import Executions
 from instavm.control.files import Files
-from instavm.control.node import Node
 from instavm.control.processes import Processes
 from instavm.control.quotas import Policy, Quotas
 from instavm.control.repeats import Repeats
@@ -25,7 +26,6 @@ from instavm.control.store.database import Store
 from instavm.control.streams import Streams
 from instavm.control.tasks import Tasks
 from instavm.control.vms import Vms
-from instavm.sandbox import EndReason
 
 
 @dataclass(frozen=True, slots=True)

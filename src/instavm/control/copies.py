@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from instavm.control.node import Node
+from instavm.contract.node import Sandboxes
+from instavm.contract.sandboxes import SandboxSpec, Started
+from instavm.contract.snapshots import Stored
 from instavm.errors import BootFailed, InstaVMError
-from instavm.sandbox import SandboxSpec, Started, Stored
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Rest:
 class Copies:
     """Several copies of one sandbox, made together; each of them waits here for its own."""
 
-    def __init__(self, node: Node, parent_id: str) -> None:
+    def __init__(self, node: Sandboxes, parent_id: str) -> None:
         self._node = node
         self._parent_id = parent_id
         self._waiting: set[str] = set()

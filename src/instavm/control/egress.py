@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from instavm.contract.egress import Egress, EgressDecision, EgressLog
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import VmRow
 from instavm.control.vms import Vm, Vms
 from instavm.errors import SessionEnded, SessionError
-from instavm.sandbox import Egress, EgressDecision, EgressLog
 
 BUILT_IN: Final = {
     "private": "special_address",

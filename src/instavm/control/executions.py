@@ -8,13 +8,14 @@ from typing import Final
 import anyio
 
 from instavm import limits
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.node import Sandboxes
+from instavm.contract.sandboxes import EndReason, Started
 from instavm.control.bounds import Bound
-from instavm.control.node import Node
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
 from instavm.control.vms import Vm
 from instavm.errors import OutcomeUnknown, SessionEnded
-from instavm.sandbox import Command, EndReason, Outcome, OutputSink, Started
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
 
@@ -35,7 +36,7 @@ class Ran:
 
 
 class Executions:
-    def __init__(self, node: Node, sessions: Sessions) -> None:
+    def __init__(self, node: Sandboxes, sessions: Sessions) -> None:
         self._node = node
         self._sessions = sessions
         self._bound = Bound("executions", limits.EXECUTIONS_MAX)

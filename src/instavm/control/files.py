@@ -6,15 +6,15 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from instavm import limits
+from instavm.contract import node as contract
+from instavm.contract.files import StoredFile
 from instavm.control.bounds import Bound
-from instavm.control.node import Node
 from instavm.control.sessions import Sessions
 from instavm.control.store.accounts import Tenant
-from instavm.sandbox import StoredFile
 
 
 class Files:
-    def __init__(self, node: Node, sessions: Sessions) -> None:
+    def __init__(self, node: contract.Files, sessions: Sessions) -> None:
         self._node = node
         self._sessions = sessions
         self._bound = Bound("file transfers", limits.TRANSFERS_MAX)

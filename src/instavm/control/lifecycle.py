@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from instavm.sandbox import EndReason
+from instavm.contract.sandboxes import EndReason
 
 
 class State(StrEnum):

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from instavm import limits
+from instavm.contract import node as contract
+from instavm.contract.processes import Channel, ProcessLog, ProcessSpec, ProcessState
 from instavm.control.ids import new_process_id
-from instavm.control.node import Node
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
 from instavm.control.vms import Vm
 from instavm.errors import InvalidInput, ProcessNotFound, SessionEnded
-from instavm.sandbox import Channel, ProcessLog, ProcessSpec, ProcessState
 from instavm.wire.processes import StartProcess
 
 SHOWN_CHARS: Final = 4096
@@ -47,7 +47,7 @@ class Window:
 
 
 class Processes:
-    def __init__(self, node: Node, sessions: Sessions) -> None:
+    def __init__(self, node: contract.Processes, sessions: Sessions) -> None:
         self._node = node
         self._sessions = sessions
 

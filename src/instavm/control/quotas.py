@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from instavm import limits
+from instavm.contract.egress import NOTHING, Egress
+from instavm.contract.host import HostMemory
 from instavm.control.store.accounts import Quota, Tenant
 from instavm.control.vms import Vms
 from instavm.errors import ForbiddenError, NoCapacity, QuotaExceededError
-from instavm.sandbox import NOTHING, Egress, HostMemory
 from instavm.settings import Settings
 
 FIRST_PAGES_MIB: Final = 128

@@ -19,10 +19,10 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from instavm.contract.node import Node
 from instavm.control import listen, locks
 from instavm.control.app import control_of, create_app
 from instavm.control.listen import Listener, Traffic
-from instavm.control.node import Node
 from instavm.control.quotas import Policy
 from instavm.control.store.database import open_store
 from instavm.settings import Settings

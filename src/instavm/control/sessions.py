@@ -15,16 +15,18 @@ from typing import Any, Final
 
 import anyio
 
+from instavm.contract.egress import NOTHING, Egress
+from instavm.contract.node import Snapshots
+from instavm.contract.sandboxes import EndReason, Started
+from instavm.contract.snapshots import Stored
 from instavm.control.ids import new_session_id
 from instavm.control.lifecycle import STATES_OF_WORD, State
-from instavm.control.node import Node
 from instavm.control.quotas import Quotas
 from instavm.control.store.accounts import Tenant
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, Usage, VmRow
 from instavm.control.vms import Vm, Vms
 from instavm.errors import Conflict, HostNotReady, NotFound, SessionEnded, SessionNotFound, SessionSuspended
-from instavm.sandbox import NOTHING, Egress, EndReason, Started, Stored
 from instavm.wire.sessions import CreateSession
 from instavm.wire.vms import CreateVm
 
@@ -96,7 +98,7 @@ class Session:
 
 
 class Sessions:
-    def __init__(self, store: Store, vms: Vms, quotas: Quotas, node: Node, default_egress: Egress = NOTHING) -> None:
+    def __init__(self, store: Store, vms: Vms, quotas: Quotas, node: Snapshots, default_egress: Egress = NOTHING) -> None:
         self._store = store
         self._rows = store.sessions
         self._vms = vms

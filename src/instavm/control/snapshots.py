@@ -12,10 +12,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from instavm import limits
+from instavm.contract.node import Node
+from instavm.contract.snapshots import Stored
 from instavm.control.builds import Build, Builder
 from instavm.control.egress import Egresses
 from instavm.control.ids import new_snapshot_id
-from instavm.control.node import Node
 from instavm.control.quotas import Quotas
 from instavm.control.sessions import Session, Sessions
 from instavm.control.store.accounts import Tenant
@@ -24,7 +25,6 @@ from instavm.control.store.schema import LOCAL_TENANT
 from instavm.control.store.snapshots import UNFINISHED, SnapshotRow
 from instavm.control.vms import Vm
 from instavm.errors import Conflict, ForbiddenError, InstaVMError, NotFound, RateLimitError, SnapshotError
-from instavm.sandbox import Stored
 from instavm.wire.snapshots import CreateSnapshot
 
 log = logging.getLogger(__name__)

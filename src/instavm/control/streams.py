@@ -14,12 +14,12 @@ import anyio
 from anyio.abc import TaskGroup
 
 from instavm import limits
+from instavm.contract.executions import Outcome
+from instavm.contract.executions import Stream as Channel
 from instavm.control.bounds import Bound
 from instavm.control.executions import Executions, Ran
 from instavm.control.store.accounts import Tenant
 from instavm.errors import InstaVMError, NotFound
-from instavm.sandbox import Outcome
-from instavm.sandbox import Stream as Channel
 from instavm.wire.executions import Execute
 
 log = logging.getLogger(__name__)

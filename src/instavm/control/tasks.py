@@ -12,6 +12,7 @@ from typing import Final
 from anyio.abc import TaskGroup
 
 from instavm import limits
+from instavm.contract.executions import Outcome, Stream
 from instavm.control.executions import Executions
 from instavm.control.ids import new_task_id
 from instavm.control.sessions import Session, Sessions
@@ -20,7 +21,6 @@ from instavm.control.store.database import Store
 from instavm.control.store.tasks import TaskRow
 from instavm.control.vms import Vm
 from instavm.errors import InstaVMError, NotFound, OutcomeUnknown, RateLimitError, SessionEnded
-from instavm.sandbox import Outcome, Stream
 from instavm.wire.executions import Execute
 from instavm.wire.sessions import CreateSession
 from instavm.wire.tasks import ExecuteAsync

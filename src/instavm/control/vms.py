@@ -17,25 +17,16 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
+from instavm.contract.egress import NOTHING, Egress, EgressDecision, EgressLog
+from instavm.contract.isolation import Isolation, Tier
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import Ended, EndReason, SandboxSpec, Started
 from instavm.control.copies import Birth, Copies, Rest
 from instavm.control.ids import new_vm_id
 from instavm.control.lifecycle import Lifecycle, State
-from instavm.control.node import Node
 from instavm.control.store.database import Store
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InstaVMError, IsolationTooWeak, OutcomeUnknown, ServerStopping, SessionEnded
-from instavm.sandbox import (
-    NOTHING,
-    Egress,
-    EgressDecision,
-    EgressLog,
-    Ended,
-    EndReason,
-    Isolation,
-    SandboxSpec,
-    Started,
-    Tier,
-)
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ import anyio
 from anyio.abc import ByteStream
 
 from instavm import limits
+from instavm.contract.executions import Bundle, Command, Outcome, OutputSink, Stream
 from instavm.errors import ExecutionError, GuestProtocolError, InstaVMError, OutcomeUnknown
 from instavm.node import bundles
 from instavm.node.ended import ended
-from instavm.sandbox import Bundle, Command, Outcome, OutputSink, Stream
 from instavm_guest import frames
 
 RECEIVE_BYTES = 256 << 10

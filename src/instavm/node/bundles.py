@@ -7,7 +7,7 @@ import re
 from typing import Any, Final
 
 from instavm import limits
-from instavm.sandbox import Bundle
+from instavm.contract.executions import Bundle
 from instavm_guest import frames
 
 MIME = re.compile(r"[a-z]+/[A-Za-z0-9.+_-]{1,120}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from instavm.sandbox import Command, Outcome
+from instavm.contract.executions import Command, Outcome
 
 TIMEOUT_S = 60.0
 

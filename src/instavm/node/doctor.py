@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from instavm.contract.isolation import Tier
 from instavm.errors import InstaVMError
 from instavm.node import memory, parts
 from instavm.node.images.store import ImageStore
@@ -20,7 +21,6 @@ from instavm.node.parts import Part
 from instavm.node.vmm import choose, firecracker, qemu
 from instavm.node.vmm.memory import huge
 from instavm.node.vmm.processor import CpuTemplate
-from instavm.sandbox import Tier
 from instavm.settings import Settings
 
 PROGRAMS = {"qemu-img": "qemu-utils"}

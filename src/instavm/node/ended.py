@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from instavm.contract.processes import ProcessEnd
 from instavm.errors import GuestProtocolError
-from instavm.sandbox import ProcessEnd
 from instavm_guest import frames
 
 SECONDS_MAX = 10**9

@@ -10,9 +10,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 import anyio
 
+from instavm.contract.files import StoredFile
 from instavm.errors import DiskFull, ExecutionError, FileError, FileMissing, GuestProtocolError, InstaVMError
 from instavm.node.agent import Agent, Request, within
-from instavm.sandbox import StoredFile
 from instavm_guest import frames
 
 WINDOW_BYTES = 1 << 20

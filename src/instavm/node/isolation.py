@@ -17,6 +17,8 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from instavm.contract.host import NodeInfo
+from instavm.contract.isolation import Isolation, Tier
 from instavm.errors import HostNotReady, SessionEnded
 from instavm.node import parts
 from instavm.node.jail.bubblewrap import NAMESPACES
@@ -24,7 +26,6 @@ from instavm.node.jail.cgroups import CONTROLLERS, Cgroups
 from instavm.node.network.guard import InForce
 from instavm.node.parts import Part
 from instavm.private import write_key
-from instavm.sandbox import Isolation, NodeInfo, Tier
 from instavm.wire.isolation import signed_bytes
 
 KEY_FILE = "isolation.key"

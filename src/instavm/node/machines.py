@@ -24,6 +24,7 @@ from typing import Any, Literal
 import anyio
 import anyio.abc
 
+from instavm.contract.executions import Command
 from instavm.errors import DiskFull, GuestProtocolError, InstaVMError, NoCapacity
 from instavm.node import identity, planted
 from instavm.node.agent import Agent
@@ -35,7 +36,6 @@ from instavm.node.registries import from_json
 from instavm.node.snapshots import pin
 from instavm.node.templates import Template
 from instavm.node.vmm.base import Driver, Machine, Saved
-from instavm.sandbox import Command
 from instavm_guest.frames import PROTOCOL
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from instavm.sandbox import HostMemory
+from instavm.contract.host import HostMemory
 
 
 def total_mib() -> int:

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from instavm.sandbox import Tier
+from instavm.contract.isolation import Tier
 
 FIRMWARE: Final = (Path("/usr/share/qemu/bios-microvm.bin"), Path("/usr/share/seabios/bios-microvm.bin"))
 """Where QEMU looks for the firmware of its microvm machine, in that order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from instavm.sandbox import Command
+from instavm.contract.executions import Command
 
 RETRIES: Final = {
     "PIP_RETRIES": "1",

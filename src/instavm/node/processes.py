@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 
 import anyio
 
+from instavm.contract.executions import Stream
+from instavm.contract.processes import Channel, ProcessEnd, ProcessLog, ProcessSpec, ProcessState, ProcessWait
 from instavm.errors import (
     ExecutionError,
     GuestProtocolError,
@@ -23,7 +25,6 @@ from instavm.errors import (
 )
 from instavm.node.agent import ANSWER_S, Agent, Request, within
 from instavm.node.ended import ended
-from instavm.sandbox import Channel, ProcessEnd, ProcessLog, ProcessSpec, ProcessState, ProcessWait, Stream
 from instavm_guest import frames
 
 LISTED_MAX = 128

@@ -14,10 +14,10 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from instavm import hostnames
+from instavm.contract.executions import Command
 from instavm.node import npmrc
 from instavm.node.agent import Agent
 from instavm.node.network.policy import HTTP, HTTPS, Registry
-from instavm.sandbox import Command
 
 ASK_S: Final = 120.0
 HOSTS_MAX: Final = 64

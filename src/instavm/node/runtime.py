@@ -1,4 +1,4 @@
-"""The node's face: starts, runs and ends sandboxes on this host. Satisfies `instavm.control.node.Node`."""
+"""The node's face: starts, runs and ends sandboxes on this host. Satisfies `instavm.contract.node.Node`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ from pathlib import Path
 import anyio
 from anyio.abc import TaskGroup, TaskStatus
 
+from instavm.contract.egress import Egress, EgressDecision, EgressLog
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.files import StoredFile
+from instavm.contract.host import HostMemory, NodeInfo, NodeMetrics
+from instavm.contract.isolation import Isolation, Tier
+from instavm.contract.processes import ProcessLog, ProcessSpec, ProcessState, ProcessWait
+from instavm.contract.sandboxes import Ended, EndReason, SandboxSpec, Started
+from instavm.contract.snapshots import Pull, Pulled, Stored
 from instavm.errors import (
     CorruptTemplate,
     HostNotReady,
@@ -44,31 +52,6 @@ from instavm.node.templates import Template, Templates
 from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver
 from instavm.node.vmm.choose import choose, program
-from instavm.sandbox import (
-    Command,
-    Egress,
-    EgressDecision,
-    EgressLog,
-    Ended,
-    EndReason,
-    HostMemory,
-    Isolation,
-    NodeInfo,
-    NodeMetrics,
-    Outcome,
-    OutputSink,
-    ProcessLog,
-    ProcessSpec,
-    ProcessState,
-    ProcessWait,
-    Pull,
-    Pulled,
-    SandboxSpec,
-    Started,
-    Stored,
-    StoredFile,
-    Tier,
-)
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typing import Final, Literal
 import anyio
 import anyio.to_thread
 
+from instavm.contract.snapshots import Stored
 from instavm.errors import CorruptSnapshot, SnapshotError
 from instavm.node.images.oci import WORKDIR, Fetched
 from instavm.node.layers import LINKS, Layers, held, overlay
@@ -25,7 +26,6 @@ from instavm.node.snapshots import CHANGES, STATE, Manifest, Snapshots, pin, tol
 from instavm.node.sparse import digest
 from instavm.node.templates import DESCRIPTION, Template
 from instavm.node.vmm.base import Driver, Saved
-from instavm.sandbox import Stored
 
 SYSTEM: Final = "system"
 FREEZE_S: Final = 10.0

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import anyio
 
+from instavm.contract.egress import Egress
+from instavm.contract.sandboxes import SandboxSpec, Started
 from instavm.errors import BootFailed, CorruptSnapshot, CorruptTemplate, HostNotReady, InstaVMError
 from instavm.node.console import last_lines
 from instavm.node.images import rootfs
@@ -23,7 +25,6 @@ from instavm.node.tally import Tally
 from instavm.node.templates import Template, Templates
 from instavm.node.turns import Turns
 from instavm.node.vmm.base import Driver
-from instavm.sandbox import Egress, SandboxSpec, Started
 from instavm.settings import Settings
 from instavm_guest.frames import PROTOCOL
 

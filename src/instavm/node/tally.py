@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from instavm.contract.host import NodeMetrics
 from instavm.errors import InstaVMError
 from instavm.node.machines import Machines, Stage
-from instavm.sandbox import NodeMetrics
 
 
 class Tally:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import anyio
 
+from instavm.contract.executions import Command
 from instavm.errors import BootFailed, CorruptTemplate, ExecutionError, GuestProtocolError, HostNotReady
 from instavm.node import identity, inventory, patience
 from instavm.node.agent import Agent, connected
@@ -34,7 +35,6 @@ from instavm.node.snapshots import BELOW, pin
 from instavm.node.sparse import digest
 from instavm.node.trust import Trust
 from instavm.node.vmm.base import Driver, Machine, MachineSpec, Saved
-from instavm.sandbox import Command
 from instavm.settings import Settings
 
 VERSION = 11

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from instavm import hostnames, limits
-from instavm.sandbox import Egress
+from instavm.contract.egress import Egress
 from instavm.wire.base import Asked, Timestamp, Wire
 
 UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")

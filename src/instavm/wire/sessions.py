@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from instavm import limits
-from instavm.sandbox import Tier
+from instavm.contract.isolation import Tier
 from instavm.wire.base import Asked, Timestamp, Wire
 from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.env import Env

@@ -18,7 +18,9 @@ from instavm.border.link import LENGTH, WINDOW_BYTES, Kind, linked
 from instavm.border.remote import connected
 from instavm.border.service import serve
 from instavm.client.errors import tree
-from instavm.control.node import Node
+from instavm.contract.executions import Command, Outcome
+from instavm.contract.node import Node
+from instavm.contract.sandboxes import SandboxSpec
 from instavm.errors import (
     BootFailed,
     FileMissing,
@@ -29,7 +31,6 @@ from instavm.errors import (
     OutcomeUnknown,
     SessionEnded,
 )
-from instavm.sandbox import Command, Outcome, SandboxSpec
 
 pytestmark = pytest.mark.anyio
 SPEC = SandboxSpec("vm-a", 2, 512, env={"WHO": "me"})

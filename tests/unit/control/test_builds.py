@@ -4,9 +4,9 @@ import subprocess
 
 import pytest
 
+from instavm.contract.egress import Egress
 from instavm.control.builds import reach, steps
 from instavm.errors import InvalidInput
-from instavm.sandbox import Egress
 from instavm.wire.snapshots import BuildArgs, CreateSnapshot
 from instavm.wire.validation import refusal
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import pytest
 from sqlalchemy import event
 
+from instavm.contract.sandboxes import EndReason
 from instavm.control.lifecycle import State
 from instavm.control.store.database import open_store
 from instavm.control.store.journal import BATCH
@@ -13,7 +14,6 @@ from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.control.store.snapshots import SnapshotRow
 from instavm.control.store.tasks import TaskRow
 from instavm.errors import Conflict, InstaVMError
-from instavm.sandbox import EndReason
 
 pytestmark = pytest.mark.anyio
 NOW = datetime(2026, 1, 2, tzinfo=UTC)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from instavm.contract.sandboxes import EndReason
 from instavm.control.lifecycle import NEXT, IllegalMove, Lifecycle, State, word
-from instavm.sandbox import EndReason
 
 
 @pytest.mark.parametrize(("was", "new"), list(itertools.product(State, State)))

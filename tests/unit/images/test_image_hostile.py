@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oci_made import entry, folder, layer, layout
 
+from instavm.contract.snapshots import Pull
 from instavm.errors import SnapshotError
 from instavm.node.images import oci
 from instavm.node.images.layout import opened
-from instavm.sandbox import Pull
 
 pytestmark = pytest.mark.anyio
 

@@ -9,10 +9,10 @@ import oci_made
 import pytest
 from oci_made import entry, folder, layer, layout
 
+from instavm.contract.snapshots import Pull
 from instavm.errors import SnapshotError
 from instavm.node.images import oci
 from instavm.node.images.plain import make_plain
-from instavm.sandbox import Pull
 
 pytestmark = pytest.mark.anyio
 

@@ -7,13 +7,13 @@ from ipaddress import ip_address
 import pytest
 from special import SPECIAL
 
+from instavm.contract.egress import Egress, EgressDecision, Seen
 from instavm.node.network.addresses import Host, never, plain
 from instavm.node.network.decision import Decider
 from instavm.node.network.filter.check import check
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.policy import Policy, Registry, registry
 from instavm.node.network.witness import Witness
-from instavm.sandbox import Egress, EgressDecision, Seen
 
 pytestmark = pytest.mark.anyio
 BROAD = (

@@ -4,11 +4,11 @@ from ipaddress import ip_address
 
 import pytest
 
+from instavm.contract.egress import Egress
 from instavm.node.network import rules
 from instavm.node.network.addresses import never
 from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.registries import found, from_json, to_json
-from instavm.sandbox import Egress
 
 REGISTRIES = (Registry("index.test"), Registry("mirror.test", (80, 443, 8081)))
 

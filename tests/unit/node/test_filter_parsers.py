@@ -18,10 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instavm import hostnames
+from instavm.contract.egress import Egress
 from instavm.node.network.filter import hello, names, web
 from instavm.node.network.filter.seen import Log, Refused
 from instavm.node.network.policy import Policy
-from instavm.sandbox import Egress
 
 NAME = "good.test"
 

@@ -8,9 +8,9 @@ from importlib import resources
 
 import pytest
 
+from instavm.contract.isolation import Tier
 from instavm.node import parts
 from instavm.node.parts import Part
-from instavm.sandbox import Tier
 
 KERNEL = "6.1.0-57-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-3 (2026-11-26)"
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from instavm.sandbox import Egress
+from instavm.contract.egress import Egress
 from instavm.wire.egress import EgressPolicy, SetEgress
 from instavm.wire.vms import CreateVm
 

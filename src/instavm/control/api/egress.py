@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from instavm import limits, refusals
+from instavm.contract.egress import EgressLog
 from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.control import Control
 from instavm.control.sessions import Session
-from instavm.sandbox import EgressLog
 from instavm.wire import egress as wire
 
 router = APIRouter(tags=["egress"])

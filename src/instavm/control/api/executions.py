@@ -4,12 +4,12 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.contract.egress import Seen
 from instavm.control.api.description import IN_SANDBOX
 from instavm.control.api.once import OnlyOnce
 from instavm.control.api.patience import Patient
 from instavm.control.api.sessions import start
 from instavm.control.executions import Ran
-from instavm.sandbox import Seen
 from instavm.wire import executions as wire
 from instavm.wire.text import presentable, shown
 

@@ -9,11 +9,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from instavm.contract.host import NodeInfo, NodeMetrics
 from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.store.schema import LOCAL_TENANT
 from instavm.errors import ForbiddenError
-from instavm.sandbox import NodeInfo, NodeMetrics
 
 router = APIRouter(tags=["server"])
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.contract.processes import ProcessState
 from instavm.control.api.description import IN_SANDBOX, EventStream, problems
 from instavm.control.api.errors import problem
 from instavm.control.api.here import Caller, Here
@@ -17,7 +18,6 @@ from instavm.control.api.once import OnlyOnce
 from instavm.control.api.patience import while_connected
 from instavm.control.processes import Window
 from instavm.errors import InstaVMError
-from instavm.sandbox import ProcessState
 from instavm.wire import processes as wire
 from instavm.wire.base import Wire
 from instavm.wire.streams import RESUME_HEADER, Text

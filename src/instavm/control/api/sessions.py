@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.contract.sandboxes import Started
 from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
@@ -16,7 +17,6 @@ from instavm.control.lifecycle import State, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import VmRow
 from instavm.errors import BadRequest, InvalidInput, UnsupportedOperationError
-from instavm.sandbox import Started
 from instavm.wire import sessions as wire
 from instavm.wire.egress import EgressPolicy
 from instavm.wire.text import parsed

@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
+from instavm.contract.snapshots import Stored
 from instavm.control.api.description import problems
 from instavm.control.api.here import Caller, Here
 from instavm.control.api.once import OnlyOnce
 from instavm.control.snapshots import complete
 from instavm.control.store.snapshots import SnapshotRow
-from instavm.sandbox import Stored
 from instavm.wire import snapshots as wire
 
 router = APIRouter(tags=["snapshots"])

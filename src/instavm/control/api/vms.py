@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from instavm import limits
+from instavm.contract.egress import Egress
 from instavm.control.api import snapshots
 from instavm.control.api.description import IN_SANDBOX, problems
 from instavm.control.api.here import Caller, Here
@@ -18,7 +19,6 @@ from instavm.control.lifecycle import STATES_OF_WORD, word
 from instavm.control.sessions import Session
 from instavm.control.store.sessions import SessionRow, VmRow
 from instavm.errors import BootFailed, InvalidInput, NotFound, UnsupportedOperationError
-from instavm.sandbox import Egress
 from instavm.wire import vms as wire
 from instavm.wire.egress import EgressPolicy
 from instavm.wire.env import coerce

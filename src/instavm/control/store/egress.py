@@ -9,10 +9,10 @@ from typing import Any
 
 from sqlalchemy import insert, select
 
+from instavm.contract.egress import Egress, EgressLog, Seen
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal, Write
 from instavm.control.store.schema import egress, egress_logs
-from instavm.sandbox import Egress, EgressLog, Seen
 
 PUT = insert(egress).prefix_with("OR REPLACE")
 KEEP_LOG = insert(egress_logs).prefix_with("OR REPLACE")

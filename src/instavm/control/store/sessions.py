@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import BindParameter, ColumnElement, Row, and_, bindparam, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
+from instavm.contract.isolation import Tier
+from instavm.contract.sandboxes import EndReason, Started
 from instavm.control.lifecycle import State
 from instavm.control.store.engine import Engine
 from instavm.control.store.journal import Journal, Write
 from instavm.control.store.schema import events, sessions, vms
-from instavm.sandbox import EndReason, Started, Tier
 
 KEY: BindParameter[str] = bindparam("key")
 SESSION_COLUMNS = ("id", "tenant_id", "created_at", "closed_at", "lifetime_s", "vcpus", "memory_mib", "image")

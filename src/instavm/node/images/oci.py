@@ -23,11 +23,11 @@ import anyio
 import anyio.to_thread
 
 from instavm import limits
+from instavm.contract.snapshots import Pull
 from instavm.errors import DiskFull, SnapshotError
 from instavm.node.images import layout
 from instavm.node.images.plain import make_plain
 from instavm.node.images.workshop import require
-from instavm.sandbox import Pull
 
 WORKDIR: Final = "/app"
 LOCAL: Final = ("oci:", "oci-archive:", "docker-archive:")

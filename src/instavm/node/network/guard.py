@@ -22,13 +22,13 @@ from typing import Any, Final
 
 import anyio
 
+from instavm.contract.egress import Egress, EgressDecision, EgressLog, Seen
 from instavm.errors import HostNotReady
 from instavm.node import precedence
 from instavm.node.network import rules, space
 from instavm.node.network.policy import Policy, Registry, from_wire, registry, to_wire
 from instavm.node.network.space import Space
 from instavm.node.network.witness import Witness
-from instavm.sandbox import Egress, EgressDecision, EgressLog, Seen
 from instavm.settings import Settings
 
 log = logging.getLogger(__name__)

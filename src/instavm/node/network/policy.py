@@ -8,8 +8,8 @@ from ipaddress import IPv4Network, collapse_addresses, ip_network
 from typing import Any, Final
 
 from instavm import hostnames
+from instavm.contract.egress import Egress
 from instavm.node.network.addresses import Address, Host, never
-from instavm.sandbox import Egress
 
 HTTP: Final = 80
 HTTPS: Final = 443

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any, Final
 
+from instavm.contract.egress import Seen
 from instavm.node.network.addresses import GATEWAY, GUEST, SPECIAL, STAND_INS
 from instavm.node.network.kernel_log import GROUP, HEADERS_MAX
 from instavm.node.network.policy import Policy, v4
 from instavm.refusals import WEB_PORTS
-from instavm.sandbox import Seen
 
 TAP: Final = "tap0"
 TCP_PORT: Final = 15001

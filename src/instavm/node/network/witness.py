@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from instavm.contract.egress import Seen
 from instavm.node.network import kernel_log
-from instavm.sandbox import Seen
 
 KEPT: Final = 16
 """Destinations that one command is told of."""

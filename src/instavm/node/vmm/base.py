@@ -8,7 +8,7 @@ from typing import Protocol
 
 from anyio.abc import ByteStream
 
-from instavm.sandbox import Tier
+from instavm.contract.isolation import Tier
 
 HARDWARE = 2
 """The present revision of the virtual hardware. A state can only be loaded into a machine of the revision that it was saved on.

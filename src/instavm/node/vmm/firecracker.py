@@ -20,6 +20,7 @@ from weakref import WeakSet
 import anyio
 from anyio.abc import ByteStream
 
+from instavm.contract.isolation import Tier
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node import parts, planted
 from instavm.node.jail import jailer
@@ -34,7 +35,6 @@ from instavm.node.vmm.firecracker_api import Api
 from instavm.node.vmm.process import OneProcess, VMMProcess
 from instavm.node.vmm.processor import CpuTemplate
 from instavm.node.vmm.vsock import VsockLine
-from instavm.sandbox import Tier
 from instavm.settings import Settings
 
 OLDEST: Final = (1, 12)

@@ -16,6 +16,7 @@ from pathlib import Path
 import anyio
 from anyio.abc import ByteStream
 
+from instavm.contract.isolation import Tier
 from instavm.errors import BootFailed, HostNotReady
 from instavm.node.jail.jail import Jails, Needs
 from instavm.node.network.addresses import GUEST_MAC
@@ -25,7 +26,6 @@ from instavm.node.vmm.line import Line
 from instavm.node.vmm.memory import Memories, sealed
 from instavm.node.vmm.monitor import Monitor, listening
 from instavm.node.vmm.process import OneProcess, VMMProcess
-from instavm.sandbox import Tier
 
 BINARY = "qemu-system-x86_64"
 OLDEST, NOT_YET = (7, 2), (11, 0)

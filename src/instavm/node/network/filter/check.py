@@ -5,11 +5,11 @@ from __future__ import annotations
 from ipaddress import ip_address
 
 from instavm import hostnames
+from instavm.contract.egress import EgressDecision
 from instavm.node.network.addresses import Address
 from instavm.node.network.decision import Decider
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.filter.seen import Refused
-from instavm.sandbox import EgressDecision
 
 
 async def check(decider: Decider, dialer: Dialer, host: str, port: int, protocol: str) -> EgressDecision:

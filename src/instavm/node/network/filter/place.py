@@ -14,12 +14,12 @@ from typing import Any, Final
 
 import anyio
 
+from instavm.contract.egress import Egress
 from instavm.node.network.addresses import STAND_INS, Address, Host
 from instavm.node.network.decision import Decider
 from instavm.node.network.filter.dial import Dialer
 from instavm.node.network.filter.seen import Log
 from instavm.node.network.policy import Policy, to_wire
-from instavm.sandbox import Egress
 
 NAMES_MAX: Final = 4096
 """Stand-ins of one sandbox; of more, the oldest name loses its own."""

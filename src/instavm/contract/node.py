@@ -1,38 +1,27 @@
-"""What control asks of a node. `serve.py` hands in the one that does it."""
+"""What control asks of a node: a sum of small protocols. `serve.py` hands in the node that carries it out.
+
+A service takes the protocol that it uses, not the whole.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Protocol
 
+from instavm.contract.egress import Egress, EgressDecision, EgressLog
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.files import StoredFile
+from instavm.contract.host import HostMemory, NodeInfo, NodeMetrics
+from instavm.contract.isolation import Isolation, Tier
+from instavm.contract.processes import ProcessLog, ProcessSpec, ProcessState, ProcessWait
+from instavm.contract.sandboxes import Ended, SandboxSpec, Started
+from instavm.contract.snapshots import Pull, Pulled, Stored
 from instavm.errors import InstaVMError
-from instavm.sandbox import (
-    Command,
-    Egress,
-    EgressDecision,
-    EgressLog,
-    Ended,
-    HostMemory,
-    Isolation,
-    NodeInfo,
-    NodeMetrics,
-    Outcome,
-    OutputSink,
-    ProcessLog,
-    ProcessSpec,
-    ProcessState,
-    ProcessWait,
-    Pull,
-    Pulled,
-    SandboxSpec,
-    Started,
-    Stored,
-    StoredFile,
-    Tier,
-)
 
 
-class Node(Protocol):
+class Sandboxes(Protocol):
+    """Sandboxes from their start to their end, and their copies."""
+
     async def start(self, spec: SandboxSpec) -> Started:
         """Bring up a sandbox. When it returns, user code may run; when it raises, nothing of it is left.
 
@@ -55,6 +44,39 @@ class Node(Protocol):
         """Be told, on the event loop, of every sandbox that ends without `stop`."""
         ...
 
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
+        """Variables for everything that starts in this sandbox from now on. Raises: as `put_file`."""
+        ...
+
+    async def suspend(self, vm_id: str) -> Stored:
+        """Put a sandbox to rest under its own id, memory and disk, and end it. When it raises, it runs as before.
+
+        Raises: SessionEnded, DiskFull, BootFailed, OutcomeUnknown (it was lost).
+        """
+        ...
+
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        """Start sandboxes that go on from where this one is, which goes on too; only ids and `env` of `specs` count.
+
+        Returns, in order: each as it came up, or why it did not. Raises: as `suspend`; then there is none.
+        """
+        ...
+
+    async def adopted(self) -> Mapping[str, Started]:
+        """Sandboxes that an earlier server started and that live on here, by id. Asked once, before any `start`.
+
+        They reach nothing until `set_egress`.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """The server goes, its sandboxes shall stay: from now on closing the node ends none of them."""
+        ...
+
+
+class Files(Protocol):
+    """Files in a sandbox."""
+
     async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
         """Write a file, all or nothing, with no more of it in memory than a fixed window.
 
@@ -71,11 +93,17 @@ class Node(Protocol):
         """
         ...
 
+
+class Processes(Protocol):
+    """Programs that run in the background of a sandbox.
+
+    All methods raise ProcessNotFound, ProcessEnded, ProcessError, RateLimitError (too many run), SessionEnded, OutcomeUnknown.
+    """
+
     async def start_process(self, vm_id: str, spec: ProcessSpec) -> ProcessState:
         """Start a process that runs on in the background; one of this id that is there already is told of instead.
 
-        Raises, as all that follow: ProcessNotFound, ProcessEnded, ProcessError, RateLimitError (too many run), SessionEnded,
-        OutcomeUnknown.
+        Raises RateLimitError: too many run.
         """
         ...
 
@@ -100,21 +128,14 @@ class Node(Protocol):
         """To its process group; SIGKILL to everything that it has started, also after its own end."""
         ...
 
-    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
-        """Variables for everything that starts in this sandbox from now on. Raises: as `put_file`."""
-        ...
+
+class EgressControl(Protocol):
+    """What a sandbox may reach in the network."""
 
     async def set_egress(self, vm_id: str, egress: Egress) -> None:
         """In force when it returns; connections that it does not allow are cut. When it raises, nothing gets through.
 
         Raises: SessionEnded, HostNotReady (this host cannot give sandboxes a network).
-        """
-        ...
-
-    async def ask_registries(self, vm_id: str) -> None:
-        """Look again where what is installed in it now gets packages from; the next `set_egress` counts with that.
-
-        Raises: SessionEnded.
         """
         ...
 
@@ -128,23 +149,20 @@ class Node(Protocol):
         """
         ...
 
+    async def ask_registries(self, vm_id: str) -> None:
+        """Look again where what is installed in it now gets packages from; the next `set_egress` counts with that.
+
+        Raises: SessionEnded.
+        """
+        ...
+
     async def egress_log(self, vm_id: str) -> EgressLog:
         """Where it went and what was refused, bounded; once more after it has ended. Raises: SessionEnded."""
         ...
 
-    async def suspend(self, vm_id: str) -> Stored:
-        """Put a sandbox to rest under its own id, memory and disk, and end it. When it raises, it runs as before.
 
-        Raises: SessionEnded, DiskFull, BootFailed, OutcomeUnknown (it was lost).
-        """
-        ...
-
-    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
-        """Start sandboxes that go on from where this one is, which goes on too; only ids and `env` of `specs` count.
-
-        Returns, in order: each as it came up, or why it did not. Raises: as `suspend`; then there is none.
-        """
-        ...
+class Snapshots(Protocol):
+    """Suspended sandboxes, disk snapshots and images on the node's disk."""
 
     async def snapshot(self, vm_id: str, name: str) -> Stored:
         """The disk of a sandbox, which goes on, as an image of its own. Raises: as `suspend`; SnapshotError."""
@@ -170,15 +188,12 @@ class Node(Protocol):
         """Remove what takes disk and is nobody's any more; what that was. Also done when something is forgotten, and at start."""
         ...
 
-    async def adopted(self) -> Mapping[str, Started]:
-        """Sandboxes that an earlier server started and that live on here, by id. Asked once, before any `start`.
 
-        They reach nothing until `set_egress`.
-        """
-        ...
+class Host(Protocol):
+    """The host and the node itself."""
 
-    async def leave(self) -> None:
-        """The server goes, its sandboxes shall stay: from now on closing the node ends none of them."""
+    async def responds(self, within_s: float) -> bool:
+        """Whether the node's process handles messages now. Returns: False when it does not within `within_s` seconds."""
         ...
 
     @property
@@ -193,10 +208,6 @@ class Node(Protocol):
         """
         ...
 
-    async def responds(self, within_s: float) -> bool:
-        """Whether the node's process handles messages now. Returns: False when it does not within `within_s` seconds."""
-        ...
-
     def memory(self) -> HostMemory:
         """As the host tells it now. Quick: it is asked before every start."""
         ...
@@ -206,3 +217,7 @@ class Node(Protocol):
         ...
 
     async def info(self) -> NodeInfo: ...
+
+
+class Node(Sandboxes, Files, Processes, EgressControl, Snapshots, Host, Protocol):
+    """All of it: a node on this host, or one that is asked over a socket."""
