@@ -44,12 +44,7 @@ class Method:
     name: str
     parameters: Mapping[str, Value | Callback | Bytes]
     """In the order of the protocol."""
-    defaults: Mapping[str, Any]
     returns: Value | Bytes
-
-    def bound(self, *args: Any, **named: Any) -> dict[str, Any]:
-        """Arguments by name, defaults included."""
-        return {**self.defaults, **dict(zip(self.parameters, args, strict=False)), **named}
 
 
 def dumped(kind: Value | Callback, value: Any) -> Any:
@@ -100,9 +95,7 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
     parameters = {parameter: _parameter(hint) for parameter, hint in hints.items()}
     streamed = typing.get_origin(returns) is AsyncGenerator
     assert streamed or inspect.iscoroutinefunction(function), f"Node.{name} can't be asked from another process"
-    signature = inspect.signature(function)
-    defaults = {one.name: one.default for one in signature.parameters.values() if one.default is not one.empty}
-    return Method(name, parameters, defaults, Bytes() if streamed else Value(TypeAdapter(returns)))
+    return Method(name, parameters, Bytes() if streamed else Value(TypeAdapter(returns)))
 
 
 def _parameter(hint: Any) -> Value | Callback | Bytes:

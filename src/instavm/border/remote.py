@@ -1,244 +1,150 @@
-"""Control's side: a `Node` whose every method is asked of a process at the other end of a socket."""
+"""A `Node` whose every method is asked of a process at the other end of a socket."""
 
 from __future__ import annotations
 
-import itertools
-import logging
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
 
 import anyio
 
-from instavm.border.calls import ENDED, METHODS, Bytes, Callback, Method, Value, dumped, load_error, loaded
-from instavm.border.flow import Receiving, Sending
-from instavm.border.link import Kind, Link, linked
-from instavm.contract.host import HostMemory
-from instavm.contract.isolation import Tier
+from instavm.border.calling import Calls
+from instavm.border.link import linked
+from instavm.contract.egress import Egress, EgressDecision, EgressLog
+from instavm.contract.executions import Command, Outcome, OutputSink
+from instavm.contract.files import StoredFile
+from instavm.contract.host import HostMemory, NodeInfo, NodeMetrics
+from instavm.contract.isolation import Isolation, Tier
 from instavm.contract.node import Node
-from instavm.contract.sandboxes import Ended
-from instavm.errors import InstaVMError, NodeUnresponsive, OutcomeUnknown
+from instavm.contract.processes import ProcessLog, ProcessSpec, ProcessState, ProcessWait
+from instavm.contract.sandboxes import SandboxSpec, Started
+from instavm.contract.snapshots import Pull, Pulled, Stored
+from instavm.errors import InstaVMError
 from instavm.node import memory
 
-log = logging.getLogger(__name__)
 
-UNWIND_S: Final = 30.0
-"""How long a call that was cancelled may take to undo what it has begun."""
-PING_S: Final = 1.0
-"""While calls are open, the node is asked this often whether it is still there."""
-SILENT_PINGS: Final = 5
-"""After so many intervals without any message the node counts as unresponsive, until its next message."""
-ALWAYS_SENT: Final = frozenset({"stop"})
-"""Methods that are sent to an unresponsive node too and wait for it: what control has ended must end."""
+class RemoteNode(Calls):
+    """As `Node` describes it; mypy checks this class against it in `connected`."""
 
-
-class Asked:
-    """A call, until it is answered."""
-
-    def __init__(self, method: Method, given: dict[str, Any], used: Callable[[int], None]) -> None:
-        self.method = method
-        self.given = given
-        self.done = anyio.Event()
-        self.result: Any = None
-        self.error: InstaVMError | None = None
-        self.outgoing = Sending()
-        self.incoming = Receiving(used)
-
-    def answer(self, result: Any) -> None:
-        self.result = result
-        self.incoming.end()
-        self.done.set()
-
-    def fail(self, error: InstaVMError) -> None:
-        self.error = error
-        self.incoming.end(error)
-        self.done.set()
-
-
-class RemoteNode:
-    """Its methods are those of `Node`; what they raise is what the node raised, or OutcomeUnknown when it is gone."""
-
-    link: Link
     tier: Tier
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-        self._asked: dict[int, Asked] = {}
-        self._on_end: Callable[[Ended], None] = lambda ended: None
-        self._messages = 0
-        """How many the node has sent."""
-        self._pings: dict[int, anyio.Event] = {}
-        self._called = anyio.Event()
-        """Set while calls are open, or were a moment ago."""
-        self._unresponsive = False
-        self.on_signal: Callable[[int], None] = lambda number: None
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = METHODS.get(name)
-        if method is None:
-            raise AttributeError(name)
-        if isinstance(method.returns, Bytes):
-            return lambda *args, **named: self._stream(method, method.bound(*args, **named))
-        returns = method.returns
-        return lambda *args, **named: self._ask(method, returns, method.bound(*args, **named))
-
-    def on_end(self, callback: Callable[[Ended], None]) -> None:
-        self._on_end = callback
 
     def memory(self) -> HostMemory:
         """The node is on this host."""
         return memory.now()
 
-    async def responds(self, within_s: float) -> bool:
-        if self._unresponsive:
-            return False
-        number, event = next(self._numbers), anyio.Event()
-        self._pings[number] = event
-        self.link.send(Kind.PING, number)
-        try:
-            with anyio.move_on_after(within_s):
-                await event.wait()
-                return True
-            return False
-        finally:
-            del self._pings[number]
+    async def start(self, spec: SandboxSpec) -> Started:
+        answer: Started = await self._ask("start", spec=spec)
+        return answer
 
-    async def watch(self) -> None:
-        """Notice a node that stops answering while calls are open (a stopped process, a host that swaps), and that it is back.
+    async def execute(self, vm_id: str, command: Command, on_output: OutputSink | None = None) -> Outcome:
+        answer: Outcome = await self._ask("execute", vm_id=vm_id, command=command, on_output=on_output)
+        return answer
 
-        Intervals without a message are counted, not seconds: if this process itself stood still, that is one interval.
-        """
-        quiet = 0
-        while True:
-            await self._called.wait()
-            seen = self._messages
-            if quiet == 0:  # one unanswered ping at a time: nothing piles up at a node that does not read
-                self.link.send(Kind.PING, 0)
-            await anyio.sleep(PING_S)
-            quiet = 0 if self._messages != seen else quiet + 1
-            if quiet >= SILENT_PINGS and not self._unresponsive:
-                self._give_up()
-            if not (quiet or self._asked):
-                self._called = anyio.Event()
+    async def stop(self, vm_id: str) -> None:
+        await self._ask("stop", vm_id=vm_id)
 
-    def _give_up(self) -> None:
-        """Fail the calls that are open; the node is told to abandon them when it goes on."""
-        self._unresponsive = True
-        log.error("the node does not answer any more: calls to it are refused until it does")
-        for number, asked in self._asked.items():
-            if asked.method.name not in ALWAYS_SENT:
-                self.link.send(Kind.CANCEL, number)
-                asked.fail(_unresponsive())
+    async def stage_env(self, vm_id: str, env: Mapping[str, str]) -> None:
+        await self._ask("stage_env", vm_id=vm_id, env=env)
 
-    def take(self, kind: Kind, number: int, body: Any) -> None:
-        """Raises ValueError, TypeError: it is no message that a node sends."""
-        self._messages += 1
-        if self._unresponsive:
-            self._unresponsive = False
-            log.warning("the node answers again")
-        if kind is Kind.PONG:
-            if (ping := self._pings.get(number)) is not None:
-                ping.set()
-            return
-        if kind is Kind.ENDED:
-            self._on_end(loaded(ENDED, body))
-            return
-        if kind is Kind.SIGNAL:
-            self.on_signal(int(body))
-            return
-        asked = self._asked.get(number)
-        if asked is None:
-            return
-        if kind is Kind.RESULT:
-            asked.answer(body)
-        elif kind is Kind.ERROR:
-            asked.fail(OutcomeUnknown("the node broke the call off") if body is None else load_error(body))
-        elif kind is Kind.TOLD:
-            name, told = body
-            parameter = asked.method.parameters[name]
-            assert isinstance(parameter, Callback)
-            asked.given[name](*loaded(parameter, told))
-        elif kind is Kind.ITEM:
-            asked.incoming.put(body)
-        elif kind is Kind.MORE:
-            asked.outgoing.more(int(body))
-        else:
-            raise ValueError(f"kind {kind} from the node")
+    async def suspend(self, vm_id: str) -> Stored:
+        answer: Stored = await self._ask("suspend", vm_id=vm_id)
+        return answer
 
-    def lost(self) -> None:
-        """The node is gone: whoever waits is told."""
-        for asked in list(self._asked.values()):
-            asked.fail(OutcomeUnknown("the node is gone; what it was asked may or may not have happened"))
+    async def fork(self, vm_id: str, specs: Sequence[SandboxSpec]) -> list[Started | InstaVMError]:
+        answer: list[Started | InstaVMError] = await self._ask("fork", vm_id=vm_id, specs=specs)
+        return answer
 
-    @asynccontextmanager
-    async def _call(self, method: Method, given: dict[str, Any]) -> AsyncIterator[Asked]:
-        """A call that has been sent; what has not been answered when the block ends is cancelled and waited for."""
-        if self.link.closed.is_set():
-            raise OutcomeUnknown("the node is gone")
-        if self._unresponsive and method.name not in ALWAYS_SENT:
-            raise _unresponsive()
-        self._called.set()
-        number = next(self._numbers)
-        asked = self._asked[number] = Asked(method, given, lambda size: self.link.send(Kind.MORE, number, size))
-        sources = [given[name] for name, kind in method.parameters.items() if isinstance(kind, Bytes)]
-        self.link.send(Kind.CALL, number, (method.name, self._plain(method, given)))
-        try:
-            if sources:
-                async with anyio.create_task_group() as tasks:
-                    for source in sources:
-                        tasks.start_soon(self._send, number, asked, source)
-                    yield asked
-                    tasks.cancel_scope.cancel()
-            else:  # without a task group around it, so that a stream may be read by one task and then another
-                yield asked
-        finally:
-            if not asked.done.is_set():
-                self.link.send(Kind.CANCEL, number)
-                with anyio.move_on_after(UNWIND_S, shield=True):
-                    await asked.done.wait()
-            del self._asked[number]
+    async def adopted(self) -> Mapping[str, Started]:
+        answer: Mapping[str, Started] = await self._ask("adopted")
+        return answer
 
-    async def _ask(self, method: Method, returns: Value, given: dict[str, Any]) -> Any:
-        try:
-            async with self._call(method, given) as asked:
-                await asked.done.wait()
-        except ExceptionGroup as group:  # what the caller's own stream raised
-            raise group.exceptions[0] from None
-        if asked.error is not None:
-            raise asked.error
-        return loaded(returns, asked.result)
+    async def leave(self) -> None:
+        await self._ask("leave")
 
-    async def _stream(self, method: Method, given: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-        async with self._call(method, given) as asked:
-            pieces = aiter(asked.incoming)
-            while (piece := await anext(pieces, None)) is not None:
-                yield piece
+    async def put_file(self, vm_id: str, path: str, name: str, chunks: AsyncIterator[bytes]) -> StoredFile:
+        answer: StoredFile = await self._ask("put_file", vm_id=vm_id, path=path, name=name, chunks=chunks)
+        return answer
 
-    async def _send(self, number: int, asked: Asked, source: AsyncIterator[bytes]) -> None:
-        whole = False
-        try:
-            async for piece in asked.outgoing.pieces(source):
-                self.link.send(Kind.PIECE, number, piece)
-            whole = True
-        finally:
-            self.link.send(Kind.PIECE, number, whole)
+    def get_file(self, vm_id: str, path: str) -> AsyncGenerator[bytes, None]:
+        return self._stream("get_file", vm_id=vm_id, path=path)
 
-    def _plain(self, method: Method, given: dict[str, Any]) -> dict[str, Any]:
-        plain: dict[str, Any] = {}
-        for name, kind in method.parameters.items():
-            if isinstance(kind, Value):
-                plain[name] = dumped(kind, given[name])
-            else:
-                plain[name] = given[name] is not None
-        return plain
+    async def start_process(self, vm_id: str, spec: ProcessSpec) -> ProcessState:
+        answer: ProcessState = await self._ask("start_process", vm_id=vm_id, spec=spec)
+        return answer
 
+    async def processes(self, vm_id: str) -> list[ProcessState]:
+        answer: list[ProcessState] = await self._ask("processes", vm_id=vm_id)
+        return answer
 
-def _unresponsive() -> NodeUnresponsive:
-    return NodeUnresponsive(
-        "the process that runs the sandboxes does not answer; they are kept. What was asked for may or may not have happened:"
-        " try again later"
-    )
+    async def read_process(
+        self, vm_id: str, process_id: str, since: int, size: int, until: ProcessWait, timeout_s: float
+    ) -> ProcessLog:
+        answer: ProcessLog = await self._ask(
+            "read_process", vm_id=vm_id, process_id=process_id, since=since, size=size, until=until, timeout_s=timeout_s
+        )
+        return answer
+
+    async def write_process(self, vm_id: str, process_id: str, data: bytes, last: bool) -> ProcessState:
+        answer: ProcessState = await self._ask(
+            "write_process", vm_id=vm_id, process_id=process_id, data=data, last=last
+        )
+        return answer
+
+    async def signal_process(self, vm_id: str, process_id: str, signum: int) -> ProcessState:
+        answer: ProcessState = await self._ask("signal_process", vm_id=vm_id, process_id=process_id, signum=signum)
+        return answer
+
+    async def set_egress(self, vm_id: str, egress: Egress) -> None:
+        await self._ask("set_egress", vm_id=vm_id, egress=egress)
+
+    async def check_egress(
+        self, vm_id: str | None, host: str, port: int, protocol: str, egress: Egress | None = None
+    ) -> EgressDecision:
+        answer: EgressDecision = await self._ask(
+            "check_egress", vm_id=vm_id, host=host, port=port, protocol=protocol, egress=egress
+        )
+        return answer
+
+    async def ask_registries(self, vm_id: str) -> None:
+        await self._ask("ask_registries", vm_id=vm_id)
+
+    async def egress_log(self, vm_id: str) -> EgressLog:
+        answer: EgressLog = await self._ask("egress_log", vm_id=vm_id)
+        return answer
+
+    async def snapshot(self, vm_id: str, name: str) -> Stored:
+        answer: Stored = await self._ask("snapshot", vm_id=vm_id, name=name)
+        return answer
+
+    async def pull(self, name: str, ask: Pull, progress: Callable[[str], None]) -> Pulled:
+        answer: Pulled = await self._ask("pull", name=name, ask=ask, progress=progress)
+        return answer
+
+    async def prepare(self, name: str, vcpus: int, memory_mib: int) -> None:
+        await self._ask("prepare", name=name, vcpus=vcpus, memory_mib=memory_mib)
+
+    async def stored(self) -> Mapping[str, Stored]:
+        answer: Mapping[str, Stored] = await self._ask("stored")
+        return answer
+
+    async def forget(self, name: str) -> None:
+        await self._ask("forget", name=name)
+
+    async def clear_up(self, *, dry_run: bool) -> Sequence[str]:
+        answer: Sequence[str] = await self._ask("clear_up", dry_run=dry_run)
+        return answer
+
+    async def isolation(self, vm_id: str) -> Isolation:
+        answer: Isolation = await self._ask("isolation", vm_id=vm_id)
+        return answer
+
+    async def metrics(self) -> NodeMetrics:
+        answer: NodeMetrics = await self._ask("metrics")
+        return answer
+
+    async def info(self) -> NodeInfo:
+        answer: NodeInfo = await self._ask("info")
+        return answer
 
 
 @asynccontextmanager
@@ -261,8 +167,8 @@ async def connected(
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch)
         try:
-            node = cast(Node, remote)
-            remote.tier = (await node.info()).tier
+            node: Node = remote
+            remote.tier = (await remote.info()).tier
             tasks.start_soon(remote.watch)  # not before: a node that starts answers when it is open
             yield node
         finally:

@@ -195,7 +195,7 @@ async def test_a_node_that_goes_leaves_nobody_waiting(node):
 
 async def test_a_node_that_stops_answering_is_told_as_one_until_it_goes_on(node, monkeypatch):
     """Open calls end, new ones are refused, `stop` waits; what was asked for is abandoned, and nothing is lost."""
-    monkeypatch.setattr("instavm.border.remote.PING_S", 0.02)
+    monkeypatch.setattr("instavm.border.calling.PING_S", 0.02)
     ours, theirs = socket.socketpair()
     between, relayed = socket.socketpair()
     passing = anyio.Event()
