@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
+from pydantic_settings import SettingsError
 from typer.core import TyperGroup
 
 from instavm.cli import (
@@ -87,6 +88,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         terminal.give_up_output()
         return terminal.NOBODY_READS
+    except OSError as exc:  # a disk that is full, a file that is not there: of this computer, and nothing of ours to trace
+        terminal.give_up_output()
+        print(f"Error: {exc}", file=sys.stderr)
+        return 1
 
 
 def _status(arguments: Sequence[str] | None) -> int:
@@ -94,7 +99,7 @@ def _status(arguments: Sequence[str] | None) -> int:
         app(args=arguments, prog_name="instavm")
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    except InstaVMError as exc:
+    except (InstaVMError, SettingsError) as exc:
         print(f"Error: {exc}", file=sys.stderr)
         return 1
     return 0

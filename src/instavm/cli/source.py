@@ -50,12 +50,21 @@ def source(argument: str | None, language: str | None) -> tuple[str, str]:
     elif (file := _file(argument, language)) is not None:
         raw = _read(file)
     else:
+        argument = _unescaped(argument)
         return argument, language or _by_first_line(argument) or "python"
     by_name = None if file is None else ENDINGS.get(file.suffix.lower())
     what = "stdin" if file is None else str(file)
     spoken = language or by_name
     text = _text(raw, spoken, what)
     return text, spoken or _by_first_line(text) or "python"
+
+
+def _unescaped(argument: str) -> str:
+    """UTF-8 of a command line that was read in an encoding with fewer characters, as under LC_ALL=C."""
+    try:
+        return os.fsencode(argument).decode() if re.search("[\udc80-\udcff]", argument) else argument
+    except UnicodeError:
+        return argument
 
 
 def _file(argument: str, language: str | None) -> Path | None:

@@ -147,7 +147,10 @@ def _aside(place: Path) -> Iterator[BinaryIO]:
     if was is not None and not os.access(place, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     part = place.with_name(f".instavm-{secrets.token_hex(8)}")
-    number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+    try:
+        number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, str(place)) from None  # of the place that was asked for, not of `part`
     try:
         with open(number, "wb") as file:  # noqa: PTH123 (by its descriptor)
             yield file

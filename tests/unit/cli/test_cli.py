@@ -1,6 +1,8 @@
 """The command line, against a real server where it needs one (tests/api has the rest)."""
 
+import errno
 import json
+import os
 
 import pytest
 
@@ -72,3 +74,28 @@ def test_the_environment_is_given_as_pairs():
     assert environment(["A=1", "B=x=y", "C="]) == {"A": "1", "B": "x=y", "C": ""}
     with pytest.raises(InvalidInput, match="NAME=VALUE"):
         environment(["A"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("DRIVER", "foo"), ("WARM_MACHINES", "x"), ("EGRESS_DNS", "no list")])
+def test_a_setting_that_cannot_be_read_is_one_line_with_its_name(capsys, monkeypatch, name, value):
+    monkeypatch.setenv(f"INSTAVM_{name}", value)
+    assert run(["key", "list"]) == 1
+    said = capsys.readouterr().err
+    assert name in said.upper() and said.startswith("Error: ") and "Traceback" not in said
+
+
+def test_a_setting_with_a_password_is_refused_without_its_value(capsys, monkeypatch):
+    monkeypatch.setenv("INSTAVM_EGRESS_PROXY", "ftp://me:secret@proxy")
+    assert run(["key", "list"]) == 1
+    said = capsys.readouterr().err
+    assert "INSTAVM_EGRESS_PROXY" in said and "secret" not in said
+
+
+def test_a_full_disk_below_the_output_is_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("instavm.cli.app._status", full)
+    monkeypatch.setattr("instavm.cli.terminal.give_up_output", lambda: None)
+    assert run(["version"]) == 1
+    assert capsys.readouterr().err == "Error: [Errno 28] No space left on device\n"

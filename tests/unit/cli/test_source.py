@@ -92,3 +92,8 @@ def test_a_pipe_is_read(tmp_path):
 def test_stdin_tells_its_language_too(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf#!/bin/sh\r\necho")))
     assert source("-", None) == ("#!/bin/sh\necho", "sh")
+
+
+def test_code_on_a_command_line_that_was_read_as_ascii_is_utf_8():
+    argument = "print('é漢')".encode().decode("ascii", "surrogateescape")
+    assert source(argument, None) == ("print('é漢')", "python")

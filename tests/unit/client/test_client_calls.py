@@ -2,13 +2,14 @@
 
 import json
 import typing
+from pathlib import PurePath
 
 import httpx
 import pytest
 
 import instavm
 from instavm.client import results
-from instavm.client.calls import executions, sessions
+from instavm.client.calls import egress, executions, files, sessions, vms
 from instavm.client.config import Config
 from instavm.client.connecting import no_authorities
 from instavm.client.failures import repeatable
@@ -135,3 +136,22 @@ def test_both_clients_have_the_same_methods():
         return {name for name in dir(kind) if not name.startswith("_")}
 
     assert public(instavm.InstaVM) == public(instavm.AsyncInstaVM)
+
+
+@pytest.mark.parametrize("wrong", ["allow_domains", "allowed_domain", "deny"])
+def test_a_misspelt_restriction_is_refused_and_opens_nothing(wrong):
+    with pytest.raises(InvalidInput, match=f"{wrong}.*allowed_domains"):
+        egress.put("session", "s", {wrong: ["example.com"]})
+    with pytest.raises(InvalidInput, match=wrong):
+        egress.check("session", "s", "example.com", 443, "tcp", {wrong: ["example.com"]})
+
+
+def test_a_misspelt_argument_of_a_new_vm_is_refused():
+    with pytest.raises(InvalidInput, match=r"memory: 512.*memory_mb"):
+        vms.create(memory=512)
+
+
+def test_a_folder_is_no_upload_under_the_name_of_an_argument_that_nobody_gave():
+    with pytest.raises(InvalidInput, match="file_path"):
+        files.upload("s", PurePath("."), "/app/")
+    files.upload("s", PurePath("."), "/app/x")  # opening it tells what it is

@@ -166,3 +166,10 @@ def test_a_download_that_is_cancelled_leaves_nothing(tmp_path):
 
     anyio.run(cancelled)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_told_with_the_name_that_was_asked_for(tmp_path):
+    place = tmp_path / "absent" / "x.txt"
+    with pytest.raises(FileNotFoundError) as found:
+        write(place)
+    assert found.value.filename == str(place)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from instavm.client.results import Record
 from instavm.errors import InvalidInput, NetworkError
+from instavm.wire.base import Asked
 from instavm.wire.validation import refusal
 
 T = TypeVar("T")
@@ -39,8 +40,13 @@ def ask(model: type[M], names: Mapping[str, str] | None = None, /, **given: Any)
     """A request, checked by the rules that the server applies. None means: leave it out.
 
     names: wire field → the argument that the caller of the SDK gave, where the two differ.
-    Raises: InvalidInput, before anything is sent.
+    Raises: InvalidInput, before anything is sent; also for a name that there is not: a misspelt one would leave out what it
+    was to restrict.
     """
+    known = model.read() if issubclass(model, Asked) else frozenset(model.model_fields)
+    for name, value in given.items():
+        if name not in known:
+            raise InvalidInput(name, value, f"no argument of this name, but these: {', '.join(sorted(known))}")
     plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in given.items()}
     try:
         return model.model_validate({name: value for name, value in plain.items() if value is not None})

@@ -29,7 +29,7 @@ FLAGS: Final = ("allow_package_managers", "allow_http", "allow_https")
 
 def put(target: Target, name: str, policy: Policy) -> Call[EgressPolicy]:
     """Raises: InvalidInput, for a domain or an address range that no server would take."""
-    given = ask(wire.SetEgress, **dict.fromkeys(FLAGS, True) | dict(policy))
+    given = ask(wire.SetEgress, **_whole(policy))
     body = given.model_dump_json(exclude_none=True).encode()
     return Call("POST", _path(target, name), _policy, body, answer_s=APPLY_S)
 
@@ -40,7 +40,7 @@ def get(target: Target, name: str) -> Call[EgressPolicy]:
 
 def check(target: Target, name: str, host: str, port: int, protocol: str, policy: Policy | None) -> Call[EgressCheck]:
     """Raises: InvalidInput."""
-    tried = None if policy is None else dict.fromkeys(FLAGS, True) | dict(policy)
+    tried = None if policy is None else ask(wire.SetEgress, **_whole(policy)).model_dump(exclude_none=True)
     given = ask(wire.CheckEgress, host=host, port=port, protocol=protocol, policy=tried)
     path, read = f"{_path(target, name)}/check", record(EgressCheck, wire.EgressCheck)
     if tried is None:
@@ -54,6 +54,10 @@ def log(target: Target, name: str) -> Call[EgressLog]:
     read = reading(wire.EgressLog)
     path = f"{_path(target, name)}/log"
     return Call("GET", path, lambda raw: EgressLog(read(raw).model_dump(mode="json")), answer_s=APPLY_S)
+
+
+def _whole(policy: Policy) -> dict[str, object]:
+    return dict.fromkeys(FLAGS, True) | dict(policy)
 
 
 def _policy(raw: bytes) -> EgressPolicy:

@@ -33,7 +33,7 @@ class Around:
 def upload(session_id: str, local: PurePath, remote: RemotePath) -> tuple[Call[UploadedFile], Around]:
     """Of the local path only the last component is sent, for a `remote` that is a directory. Raises: InvalidInput."""
     path = remote_path(remote, "remote_path")
-    name = local.name if _is_text(local.name) else None
+    name = local.name if local.name and _is_text(local.name) else None
     if name is None and path.endswith("/"):
         raise InvalidInput("file_path", str(local), "a name in UTF-8, or a remote_path that does not end in /")
     given = ask(wire.Upload, remote_path=path, session_id=session_id, file_name=name)
