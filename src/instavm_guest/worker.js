@@ -9,12 +9,15 @@ const fs = require('fs');
 const Module = require('module');
 const net = require('net');
 const path = require('path');
+const { Writable } = require('stream');
 const { pathToFileURL } = require('url');
 const util = require('util');
 const vm = require('vm');
 
 // A cell may put something else in the place of any global.
-const { process, Atomics, BigInt, Buffer, JSON, Number, Object, setTimeout, setImmediate } = globalThis;
+const {
+  process, console, Atomics, BigInt, Buffer, JSON, Number, Object, setTimeout, setImmediate,
+} = globalThis;
 process.execArgv = []; // children of the user's get no flag of ours
 process.stdout; // made now: later they would be things of the first cell that prints
 process.stderr;
@@ -40,6 +43,59 @@ function write(fd, text) {
       Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 5); // the pipe is full: let the agent read
     }
   }
+}
+
+// Each cell begins with a stdout and a stderr that lead to its result, whatever the one before it did to them.
+
+const OPEN = fs.constants.O_WRONLY | fs.constants.O_APPEND;
+const outlets = [];
+for (const [name, fd] of [['stdout', 1], ['stderr', 2]]) {
+  try {
+    const { dev, ino } = fs.fstatSync(fd);
+    outlets.push({ name, fd, dev, ino, stream: process[name], spare: `/proc/self/fd/${fs.openSync(`/proc/self/fd/${fd}`, OPEN)}` });
+  } catch {
+    // where it can't be opened again, a cell that closes it is the last one that is heard
+  }
+}
+
+function leads({ fd, dev, ino }) {
+  try {
+    const found = fs.fstatSync(fd);
+    return found.ino === ino && found.dev === dev;
+  } catch {
+    return false;
+  }
+}
+
+function reopen({ fd, spare }) {
+  const below = [];
+  try {
+    try {
+      fs.closeSync(fd);
+    } catch {
+      // it is closed
+    }
+    for (let opened = fs.openSync(spare, OPEN); opened < fd; opened = fs.openSync(spare, OPEN)) below.push(opened);
+  } catch {
+    // a cell has closed the spare one too
+  }
+  below.forEach((opened) => fs.closeSync(opened));
+}
+
+// A stream that a cell has ended takes nothing more; what a cell has put in its place stays there.
+function renewStream(outlet) {
+  const { name, fd, stream } = outlet;
+  if (!stream.writableEnded && !stream.destroyed) return;
+  const fresh = new Writable({
+    write(data, encoding, done) {
+      write(fd, data);
+      done();
+    },
+  });
+  outlet.stream = Object.assign(fresh, { fd, _type: 'pipe', _isStdio: true });
+  if (process[name] !== stream) return;
+  Object.defineProperty(process, name, { value: fresh, configurable: true, enumerable: true, writable: false });
+  console[`_${name}`] = fresh;
 }
 
 // What a program finds around it. Paths are the working directory's, as it is now.
@@ -216,7 +272,10 @@ function answer(exitCode, stop = exitCode !== 0) {
   data.writeDoubleBE(Number(process.hrtime.bigint() - one.wall) / 1e9, 6);
   data.writeDoubleBE((spent.user + spent.system) / 1e6, 14);
   data.writeBigUInt64BE(BigInt(process.resourceUsage().maxRSS), 22);
-  pending.byUs(() => line.write(data));
+  pending.byUs(() => {
+    line.write(data);
+    outlets.filter((outlet) => !leads(outlet)).forEach(reopen);
+  });
 }
 
 async function linked(one, { script, imports, waiting }) {
@@ -246,6 +305,7 @@ function perform(code, env, timeoutMs) {
   if (number === 0) furnish();
   number += 1;
   interrupts = 0;
+  pending.byUs(() => outlets.forEach(renewStream));
   listen();
   cell = new pending.Cell(number, timeoutMs);
   cell.wall = process.hrtime.bigint();

@@ -403,3 +403,21 @@ def test_a_working_folder_that_is_gone_breaks_no_cell(js, modules):
     modules.rmdir()
     assert js.run("1 + 1")[:2] == (0, "2\n")
     assert "Cannot find module './local.mjs'" in js.run("require('./local.mjs')")[2]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "process.stdout.end('bye');",
+        "process.stdout.destroy();",
+        "await require('stream/promises').pipeline(require('stream').Readable.from(['bye']), process.stdout)",
+        "require('fs').closeSync(1);",
+        "require('fs').closeSync(0); require('fs').closeSync(1); require('fs').closeSync(2);",
+        "require('fs').closeSync(1); require('fs').openSync('taken', 'w');",
+    ],
+)
+def test_a_cell_that_ends_its_output_ends_it_for_itself_only(js, ends):
+    js.run(ends)
+    for _ in range(2):
+        said = js.run("console.log('heard'); console.error('too'); process.stdout.write('!'); 'value'")
+        assert said[1:] == ("heard\n!'value'\n", "too\n")
