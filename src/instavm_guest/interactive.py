@@ -6,17 +6,27 @@ goes. Here there is nobody at a keyboard and no screen: each of these works in t
 
 from __future__ import annotations
 
+import ast
 import builtins
 import cProfile
+import fnmatch
 import functools
 import importlib
 import os
 import sys
+import time
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
+CO_COROUTINE = 0x80
+TIMED = "<timed>"
+"""Under this name, which no program can write, a cell that is timed leaves its last expression's value."""
+LATEST = ("_", "__", "___")
 EMBED = "IPython.terminal.embed"
 BACKENDS = ("inline", "agg")
 """Of matplotlib's, those that need no screen."""
@@ -111,6 +121,35 @@ class Notebook:
         if result is not None:
             self.interactive.events.trigger("post_run_cell", result)
 
+    def tail(
+        self, n: int = 10, raw: bool = True, output: bool = False, include_latest: bool = False
+    ) -> list[tuple[int, int, Any]]:
+        """The last `n` cells as a history manager has them: (session, number, source). Without this one, unless asked for."""
+        cells = self._cells(output)
+        if not include_latest:
+            cells.pop()
+        return cells[max(0, len(cells) - n) :]
+
+    def search(
+        self,
+        pattern: str = "*",
+        raw: bool = True,
+        search_raw: bool = True,
+        output: bool = False,
+        n: int | None = None,
+        unique: bool = False,
+    ) -> list[tuple[int, int, Any]]:
+        """The cells whose source is as `pattern`, the last `n` of them."""
+        sources = self._space.inputs
+        found = [cell for cell in self._cells(output) if fnmatch.fnmatchcase(sources[cell[1]], pattern)]
+        if unique:
+            found = list({sources[cell[1]]: cell for cell in found}.values())
+        return found if n is None else found[max(0, len(found) - n) :]
+
+    def _cells(self, output: bool) -> list[tuple[int, int, Any]]:
+        cells = list(enumerate(self._space.inputs))[1:]
+        return [(0, number, (source, None) if output else source) for number, source in cells]
+
     def _noted(self, change: Callable[..., Any]) -> Callable[..., None]:
         def changed(event: str, function: Any) -> None:
             change(event, function)
@@ -128,6 +167,7 @@ class Notebook:
 
 def start(space: Any) -> Notebook:
     """IPython on the user's own namespace. It keeps no history on disk. Raises ImportError, and what a broken one raises."""
+    named = {name: space.names[name] for name in LATEST if name in space.names}
     before, hook, display = set(space.names), sys.displayhook, builtins.display  # type: ignore[attr-defined]
     with _without_a_terminal():
         from traitlets.config import Config  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -136,13 +176,19 @@ def start(space: Any) -> Notebook:
         config = Config()
         config.HistoryManager.enabled = False
         config.InteractiveShell.colors = "NoColor"
-        made = kind.instance(config=config, user_module=space.module)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "IPython (parent|dir)")  # it needs no place for settings
+            made = kind.instance(config=config, user_module=space.module)
+    for name in LATEST:  # the latest value is Python's own `_`, in builtins; IPython's stays empty and would hide it
+        space.names.pop(name, None)
+    space.names.update(named)
     sys.displayhook = hook
     builtins.display = display  # type: ignore[attr-defined]
     made.settle()
     space.names.setdefault("get_ipython", made.get_ipython)
     space.own |= set(space.names) - before
     notebook = Notebook(space, made)
+    made.history_manager.get_tail, made.history_manager.search = notebook.tail, notebook.search
     made.observe(lambda _: notebook._follow(), ["ast_transformers", "input_transformers_post"])
     return notebook
 
@@ -165,10 +211,15 @@ def _shell_class(space: Any) -> Any:
             space.part("outputs").of(space).clear(wait)
 
     class Shell(InteractiveShell):  # type: ignore[misc]
+        holding: list[BaseException] | None = None
+        """Failures of cells inside of `%%capture`, until that has kept what they printed."""
+
         def settle(self) -> None:
             """What differs from IPython's own, once that is there."""
             notebook = space.part("notebook")
             self.events.unregister("pre_execute", self._clear_warning_registry)
+            for name in ("exit", "quit"):  # Python's own leave a cell too, also inside of a magic
+                self.builtin_trap.auto_builtins.pop(name, None)
             if not isinstance(self.magics_manager.magics["line"]["cd"], types.MethodType):  # stand-ins, which come back
                 self.register_magics(*(getattr(classes, name + "Magics") for name in FAMILIES))
             self.display_pub = self.publisher = Publisher(parent=self)
@@ -188,6 +239,9 @@ def _shell_class(space: Any) -> Any:
             for kind, name in (("line", "prun"), ("cell", "prun"), ("line", "run")):
                 magics[kind][name] = _leaving_out(magics[kind][name])
             self.register_magic_function(self.enable_gui, "line", "gui")
+            magics["cell"]["capture"] = self._kept(magics["cell"]["capture"])
+            for kind in ("line", "cell"):
+                magics[kind]["time"] = _awaiting(space, magics[kind]["time"])
             magics["line"]["cd"] = _failing(magics["line"]["cd"])
             magics["line"]["matplotlib"] = _listing(magics["line"]["matplotlib"])
             magics["line"]["autoawait"] = _only_shown(UsageError, magics["line"]["autoawait"])
@@ -207,6 +261,33 @@ def _shell_class(space: Any) -> Any:
 
         def system(self, command: str) -> None:
             self.user_ns["_exit_code"] = space.part("notebook").shell(self.var_expand(command, depth=1))
+
+        def _kept(self, magic: Any) -> Any:
+            """`%%capture`, whose variable is there also when the cell fails."""
+
+            @functools.wraps(magic)
+            def captured(line: str, cell: str) -> Any:
+                failures: list[BaseException] = []
+                before, self.holding = self.holding, failures
+                try:
+                    value = magic(line, cell)
+                finally:
+                    self.holding = before
+                if failures:
+                    raise failures[0]
+                return value
+
+            return captured
+
+        def getoutput(self, cmd: str, split: bool = True, depth: int = 0) -> Any:
+            """`x = !cmd`; it flushes streams that a cell may have put others in the place of."""
+            standing = sys.stdout, sys.stderr
+            if not all(hasattr(stream, "flush") for stream in standing):
+                sys.stdout, sys.stderr = space.streams.stdout, space.streams.stderr
+            try:
+                return super().getoutput(cmd, split, depth + 1)
+            finally:
+                sys.stdout, sys.stderr = standing
 
         def ask_exit(self) -> None:
             raise SystemExit
@@ -273,10 +354,14 @@ def _shell_class(space: Any) -> Any:
         ) -> Any:
             """A cell within a cell, for magics and for whoever asks; to a magic its failure is one of its own."""
             result = ExecutionResult(ExecutionInfo(raw_cell, store_history, silent, shell_futures, None))
-            inner = "/IPython/" in sys._getframe(1).f_code.co_filename
+            caller = sys._getframe(1).f_code
+            inner = "/IPython/" in caller.co_filename
             try:
                 space.run_within(raw_cell)
             except BaseException as exc:
+                if self.holding is not None and inner and caller.co_name == "capture":
+                    self.holding.append(exc)
+                    return result
                 if inner or not isinstance(exc, Exception):
                     raise
                 result.error_in_exec = exc
@@ -312,6 +397,44 @@ def _leaving_out(magic: Any) -> Any:
             cProfile.Profile = kept  # type: ignore[misc]
 
     return left
+
+
+def _awaiting(space: Any, magic: Any) -> Any:
+    """`%time` and `%%time`, which know of no `await`."""
+
+    @functools.wraps(magic)
+    def timed(line: str = "", cell: str | None = None, local_ns: Any = None) -> Any:
+        code = None if line and cell else _awaited(space, cell or line)
+        if code is None:
+            return magic(line, cell, local_ns)
+        values: list[Any] = []
+        began, spent = time.perf_counter(), getrusage(RUSAGE_SELF)
+        try:
+            space.part("loops").of(space).run(eval(code, space.names), values.append, copy_context())
+        finally:
+            wall, now = time.perf_counter() - began, getrusage(RUSAGE_SELF)
+            user, system = now.ru_utime - spent.ru_utime, now.ru_stime - spent.ru_stime
+            print(f"CPU times: user {user:.3g} s, sys: {system:.3g} s, total: {user + system:.3g} s")
+            print(f"Wall time: {wall:.3g} s")
+        return space.names.pop(TIMED, *values)
+
+    return timed
+
+
+def _awaited(space: Any, source: str) -> Any:
+    """The code of a cell that awaits something; its last expression's value is left under TIMED. Else None."""
+    if "await" not in source and "async" not in source:
+        return None
+    try:
+        tree = space.notebook.transformed(ast.parse(space.notebook.rewritten(source)))
+        if isinstance(tree.body[-1], ast.Expr):
+            last = tree.body[-1]
+            tree.body[-1] = ast.copy_location(ast.Assign([ast.Name(TIMED, ast.Store())], last.value), last)
+            ast.fix_missing_locations(tree)
+        code = compile(tree, "<timed exec>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    except (SyntaxError, IndexError):
+        return None
+    return code if code.co_flags & CO_COROUTINE else None
 
 
 def _failing(magic: Any) -> Any:

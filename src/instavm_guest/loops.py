@@ -61,7 +61,9 @@ class Loops:
         task = self._task(loop, self._whole(coroutine, then), context)
         try:
             loop.run_until_complete(task)
-        except (KeyboardInterrupt, SystemExit):
+        except BaseException:
+            if task.done() or loop.is_closed():
+                raise
             task.cancel()
             loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
             raise

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 PIP = re.compile(
@@ -32,16 +33,22 @@ TAKES_MORE = re.compile(r"[-+][A-Za-z]*[oO]")
 """An option of a shell with a word behind it, as `-o pipefail`."""
 
 
+def flush() -> None:
+    """What was printed goes out before a program writes to the same place. A cell may have put anything in the streams' place."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+
+
 def shell(command: str) -> int:
     """Run `command` on the cell's own stdout and stderr; its exit code, negative when a signal ended it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     return subprocess.call(command, shell=True, executable=SHELL if os.path.exists(SHELL) else None)  # noqa: S602
 
 
 def lines_of(command: str) -> list[str]:
     """What `command` prints on stdout, as lines."""
-    sys.stdout.flush()
+    flush()
     program = SHELL if os.path.exists(SHELL) else None
     done = subprocess.run(command, shell=True, executable=program, stdout=subprocess.PIPE, check=False)  # noqa: S602
     return done.stdout.decode(errors="replace").splitlines()
@@ -62,8 +69,7 @@ class Scripts:
         options, argv = _options(shlex.split(line))
         if not argv:
             raise ValueError("%%script needs the name of a program, as in `%%script bash`")
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         streams: Any = {
             stream: subprocess.PIPE for stream, name in (("stdout", "out"), ("stderr", "err")) if name in options
         }

@@ -5,6 +5,7 @@ A value says of itself what it likes; portable.py makes of it what the host take
 
 from __future__ import annotations
 
+import builtins
 import io
 import json
 import sys
@@ -41,8 +42,14 @@ class Outputs:
         if _interactive(self._space) is not None and isinstance(value, sys.modules["IPython.core.macro"].Macro):
             self._space.run_within(value.value)
         elif not self._shows_itself(value):
-            sys.displayhook(value)
-            self.add(value)
+            text = self._pretty(value)
+            if text is None:
+                sys.displayhook(value)
+                text = ""
+            else:
+                print(text)
+                builtins._ = value  # type: ignore[attr-defined]
+            self.publish(self.bundle(value, text))
 
     def display(self, values: Sequence[Any], options: dict[str, Any]) -> object:
         """What `display(*values, **options)` of a notebook does; with IPython all options of its own."""
@@ -107,8 +114,11 @@ class Outputs:
         pyplot: Any = sys.modules["matplotlib.pyplot"]
         pyplot.show = lambda *_, **__: self.figures()
 
-    def bundle(self, value: object) -> dict[Any, Any]:
-        """Every form that `value` has; `text/plain` is always there. What fails is told on stderr and left out."""
+    def bundle(self, value: object, text: str | None = None) -> dict[Any, Any]:
+        """Every form that `value` has; `text/plain` is always there. What fails is told on stderr and left out.
+
+        text: what its `_repr_pretty_` has made of it already; empty when it has made nothing.
+        """
         kind = type(value)
         if kind is type:
             return {"text/plain": repr(value)}
@@ -126,7 +136,8 @@ class Outputs:
         ):
             found["image/png"] = self._made(lambda: _png(value))
         if "text/plain" not in found:
-            found["text/plain"] = repr(value)
+            text = self._pretty(value) if text is None else text
+            found["text/plain"] = text or repr(value)
         return {mime: data for mime, data in found.items() if data is not None}
 
     def _forms(self, value: Any, kind: Any) -> Iterator[tuple[str | None, Any]]:
@@ -147,6 +158,16 @@ class Outputs:
             method = getattr(kind, name, None)
             if method is not None:
                 yield mime, self._made(lambda: method(value))  # noqa: B023 (called at once)
+
+    def _pretty(self, value: Any) -> str | None:
+        """The text that a value's own `_repr_pretty_` makes, for which it takes IPython. None: there is none."""
+        if type(value) is type or not hasattr(type(value), "_repr_pretty_"):
+            return None
+        notebook = self._space.part("notebook").of(self._space)
+        if notebook.interactive is None:
+            return None
+        made: str | None = notebook.interactive.display_formatter.formatters["text/plain"](value)
+        return made
 
     def _whole(self, made: Any) -> Mapping[Any, Any]:
         if made is None or isinstance(made, Mapping):

@@ -292,6 +292,8 @@ class Cell:
     """One piece of code with a name under which tracebacks find its source."""
 
     def __init__(self, number: int, source: str, inner: str = "") -> None:
+        if source[:1] == "\ufeff":  # of an editor's that begins files with it
+            source = source[1:]
         self.name = f"<cell {number}{inner}>"
         self.source = source
         if type(linecache.cache) is not dict:
@@ -453,7 +455,8 @@ def run(source: str, space: Space) -> int:
             space.around.failed(exc)
         if isinstance(exc, SystemExit):
             if exc.code is None or isinstance(exc.code, int):
-                return (exc.code or 0) & 0xFF
+                code = exc.code or 0
+                return code & 0xFF if abs(code) < 1 << 63 else 0xFF  # as Python itself ends
             space.streams.say(f"{exc.code}\n")
             return 1
         space.tell(exc)
@@ -669,6 +672,13 @@ def no_input(prompt: object = "") -> str:
     raise EOFError("input() can't be answered: nobody is at the keyboard of a sandbox. Set a variable instead.")
 
 
+def no_breakpoint(*values: object, **options: object) -> object:
+    """Stands in for what breakpoint() calls, unless PYTHONBREAKPOINT says what it is to call."""
+    if os.environ.get("PYTHONBREAKPOINT"):
+        return sys.__breakpointhook__(*values, **options)
+    raise EOFError("breakpoint() can't stop here: nobody is at the keyboard of a sandbox. Print what you want to see.")
+
+
 def main(sources: dict[str, str]) -> None:
     line = Line(LINE_FD)
     streams = Streams()
@@ -679,6 +689,7 @@ def main(sources: dict[str, str]) -> None:
         sys.path.insert(0, "")
     sys.meta_path.insert(0, Watch(_after(space)))
     builtins.input = no_input
+    sys.breakpointhook = no_breakpoint
     setattr(builtins, "display", lambda *values, **options: _display(space, values, options))  # noqa: B010
     setattr(builtins, "exit", Leave())  # noqa: B010
     setattr(builtins, "quit", builtins.exit)  # noqa: B010

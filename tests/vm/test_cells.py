@@ -89,3 +89,45 @@ async def test_of_ipython_only_what_cells_need_is_loaded(sandbox):
     result = await sandbox.python(asked)
     assert result.stdout == "IPython.terminal.embed jedi\n"
     assert result.stderr.endswith("AttributeError: module 'IPython' has no attribute 'nothing'\n")
+
+
+async def test_the_latest_value_is_kept_also_when_magics_have_been_used(sandbox):
+    await sandbox.python("%pwd")
+    await sandbox.python("41 + 1")
+    assert (await sandbox.python("_")).stdout == "42\n"
+
+
+async def test_time_awaits_what_it_times(sandbox):
+    await sandbox.python("import asyncio\nasync def f(x):\n    await asyncio.sleep(0.01)\n    return x")
+    result = await sandbox.python("x = %time await f(5)\nx")
+    assert "Wall time" in result.stdout and result.stdout.endswith("\n5\n"), result.stderr
+    assert (await sandbox.python("%%time\ny = 1\nawait f(y + 1)")).stdout.endswith("\n2\n")
+    assert (await sandbox.python("%%time\nawait f(1)\nexit(3)")).exit_code == 3
+
+
+async def test_what_a_captured_cell_printed_is_kept_when_it_fails(sandbox):
+    result = await sandbox.python("%%capture said\nprint('so far')\n1/0")
+    assert (result.exit_code, "ZeroDivisionError" in result.stderr) == (1, True)
+    assert (await sandbox.python("%%capture more\nprint('too')\nexit(3)")).exit_code == 3
+    assert (await sandbox.python("said.stdout + more.stdout")).stdout == "'so far\\ntoo\\n'\n"
+
+
+async def test_cells_are_found_again_by_magics(sandbox):
+    await sandbox.python("40 + 2")
+    assert "42" in (await sandbox.python("%rerun")).stdout
+    assert (await sandbox.python("%history -l 2")).stdout == "40 + 2\n%rerun\n"
+    assert "40 + 2" in (await sandbox.python("%history -g 40*")).stdout
+
+
+async def test_a_value_may_say_its_text_in_the_way_of_notebooks(sandbox):
+    await sandbox.python("class P:\n    def _repr_pretty_(self, p, cycle): p.text('pretty')")
+    assert (await sandbox.python("P()")).stdout == "pretty\n"
+    assert (await sandbox.python("display(P())")).stdout == "pretty\n"
+    assert "%timeit" in (await sandbox.python("%lsmagic")).stdout
+    bad = await sandbox.python("class Q:\n    def _repr_pretty_(self, p, cycle): 1/0\nQ()")
+    assert (bad.exit_code, bad.stderr.count("ZeroDivisionError")) == (0, 1)
+
+
+async def test_commands_run_also_below_a_stream_of_ones_own(sandbox):
+    await sandbox.python("import sys\nclass Own:\n    def write(self, text): sys.__stdout__.write(text)\nsys.stdout = Own()")
+    assert (await sandbox.python("!echo one\nx = !echo two\nprint(x)")).stdout == "one\n['two']\n"

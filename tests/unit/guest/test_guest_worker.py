@@ -372,3 +372,29 @@ def test_what_a_script_printed_can_be_kept(worker):
 def test_a_script_that_can_not_be_run_is_an_error(worker, code):
     answer = worker.run(code)
     assert (answer.exit_code, bool(answer.stderr)) == (1, True)
+
+
+def test_code_may_begin_with_a_byte_order_mark(worker):
+    assert worker.run("\ufeffprint(1)\nprint(2)").stdout == "1\n2\n"
+
+
+@pytest.mark.parametrize(("code", "status"), [(10**30, 255), (-(10**30), 255), (2**40 + 3, 3), (256, 0), (-1, 255)])
+def test_exit_codes_are_those_of_a_program(worker, code, status):
+    assert worker.run(f"import sys; sys.exit({code})").exit_code == status
+
+
+def test_a_breakpoint_says_that_nobody_can_answer(worker):
+    assert "nobody is at the keyboard" in worker.run("breakpoint()").stderr
+    assert worker.run("import os; os.environ['PYTHONBREAKPOINT'] = '0'; breakpoint()").exit_code == 0
+
+
+def test_commands_run_below_a_stream_that_only_writes(worker):
+    worker.run("import sys\nclass Own:\n    def write(self, text): sys.__stdout__.write(text)\nsys.stdout = Own()")
+    assert worker.run("!echo one\nx = !echo two\nprint(x)").stdout == "one\n['two']\n"
+    assert worker.run("sys.stdout = None\n!echo three").stdout == "three\n"
+
+
+def test_a_cell_that_stops_its_loop_leaves_nothing_for_the_next(worker):
+    stopped = worker.run("import asyncio\nasyncio.get_running_loop().stop()\nawait asyncio.sleep(9)")
+    assert "Event loop stopped" in stopped.stderr
+    assert worker.run("len(asyncio.all_tasks(asyncio.get_running_loop()))").stdout == "0\n"
