@@ -47,15 +47,23 @@ function write(fd, text) {
 
 // Each cell begins with a stdout and a stderr that lead to its result, whatever the one before it did to them.
 
-const OPEN = fs.constants.O_WRONLY | fs.constants.O_APPEND;
+const { O_APPEND, O_RDONLY, O_WRONLY } = fs.constants;
 const outlets = [];
-for (const [name, fd] of [['stdout', 1], ['stderr', 2]]) {
+for (const [fd, name, flags] of [[0, 'stdin', O_RDONLY], [1, 'stdout', O_WRONLY | O_APPEND], [2, 'stderr', O_WRONLY | O_APPEND]]) {
   try {
     const { dev, ino } = fs.fstatSync(fd);
-    outlets.push({ name, fd, dev, ino, stream: process[name], spare: `/proc/self/fd/${fs.openSync(`/proc/self/fd/${fd}`, OPEN)}` });
+    const spare = `/proc/self/fd/${fs.openSync(`/proc/self/fd/${fd}`, flags)}`;
+    outlets.push({ fd, name, flags, dev, ino, spare, stream: fd > 0 ? watched(process[name]) : null });
   } catch {
     // where it can't be opened again, a cell that closes it is the last one that is heard
   }
+}
+
+// A stream that was ended looks as if it could be written to again, and can't.
+function watched(stream) {
+  const state = { stream, ended: false };
+  stream.once('finish', () => { state.ended = true; });
+  return state;
 }
 
 function leads({ fd, dev, ino }) {
@@ -67,7 +75,7 @@ function leads({ fd, dev, ino }) {
   }
 }
 
-function reopen({ fd, spare }) {
+function reopen({ fd, spare, flags }) {
   const below = [];
   try {
     try {
@@ -75,24 +83,25 @@ function reopen({ fd, spare }) {
     } catch {
       // it is closed
     }
-    for (let opened = fs.openSync(spare, OPEN); opened < fd; opened = fs.openSync(spare, OPEN)) below.push(opened);
+    for (let opened = fs.openSync(spare, flags); opened < fd; opened = fs.openSync(spare, flags)) below.push(opened);
   } catch {
     // a cell has closed the spare one too
   }
   below.forEach((opened) => fs.closeSync(opened));
 }
 
-// A stream that a cell has ended takes nothing more; what a cell has put in its place stays there.
+// What a cell has put in the place of a stream stays there.
 function renewStream(outlet) {
-  const { name, fd, stream } = outlet;
-  if (!stream.writableEnded && !stream.destroyed) return;
+  if (outlet.stream === null) return;
+  const { name, fd, stream: { stream, ended } } = outlet;
+  if (!ended && !stream.writableEnded && !stream.destroyed) return;
   const fresh = new Writable({
     write(data, encoding, done) {
       write(fd, data);
       done();
     },
   });
-  outlet.stream = Object.assign(fresh, { fd, _type: 'pipe', _isStdio: true });
+  outlet.stream = watched(Object.assign(fresh, { fd, _type: 'pipe', _isStdio: true }));
   if (process[name] !== stream) return;
   Object.defineProperty(process, name, { value: fresh, configurable: true, enumerable: true, writable: false });
   console[`_${name}`] = fresh;

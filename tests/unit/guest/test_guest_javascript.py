@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -23,13 +24,15 @@ DEADLINE_S = 30
 
 
 class Worker:
-    """A worker process, and the agent's end of its line."""
+    """A worker process, and the agent's end of its line. pipes: its output goes through pipes, as in a sandbox."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, pipes=False):
         self.line, theirs = socket.socketpair()
         self.line.settimeout(DEADLINE_S)
         source = memory_file(javascript().source)
         self._out = [(folder / f".{name}").open("w+b") for name in ("stdout", "stderr")]
+        ends = [os.pipe() for _ in self._out] if pipes else []
+        self._pipes = [read for read, _ in ends]
         high = [os.dup(fd) for fd in (theirs.fileno(), source)]
 
         def arrange():
@@ -41,13 +44,13 @@ class Worker:
         self.process = subprocess.Popen(
             [NODE, *javascript().programs[0][1:]],
             stdin=subprocess.DEVNULL,
-            stdout=self._out[0],
-            stderr=self._out[1],
+            stdout=ends[0][1] if pipes else self._out[0],
+            stderr=ends[1][1] if pipes else self._out[1],
             cwd=folder,
             close_fds=False,
             preexec_fn=arrange,
         )
-        for fd in (*high, source):
+        for fd in (*high, source, *(write for _, write in ends)):
             os.close(fd)
         theirs.close()
 
@@ -80,6 +83,9 @@ class Worker:
 
     def printed(self, stream):
         """What came since this was last asked."""
+        if self._pipes:
+            ready = select.select([self._pipes[stream]], [], [], 0)[0]
+            return os.read(self._pipes[stream], 1 << 16).decode() if ready else ""
         seen = getattr(self, f"_seen_{stream}", 0)
         data = os.pread(self._out[stream].fileno(), 1 << 24, seen)
         setattr(self, f"_seen_{stream}", seen + len(data))
@@ -94,6 +100,15 @@ class Worker:
             self.process.wait()
             for file in self._out:
                 file.close()
+            for fd in self._pipes:
+                os.close(fd)
+
+
+@pytest.fixture
+def piped(tmp_path):
+    worker = Worker(tmp_path, pipes=True)
+    yield worker
+    worker.end()
 
 
 @pytest.fixture
@@ -412,12 +427,14 @@ def test_a_working_folder_that_is_gone_breaks_no_cell(js, modules):
         "process.stdout.destroy();",
         "await require('stream/promises').pipeline(require('stream').Readable.from(['bye']), process.stdout)",
         "require('fs').closeSync(1);",
+        "process.stdout.end(); process.stdout.end(); require('fs').closeSync(1);",
         "require('fs').closeSync(0); require('fs').closeSync(1); require('fs').closeSync(2);",
         "require('fs').closeSync(1); require('fs').openSync('taken', 'w');",
     ],
 )
-def test_a_cell_that_ends_its_output_ends_it_for_itself_only(js, ends):
-    js.run(ends)
+def test_a_cell_that_ends_its_output_ends_it_for_itself_only(piped, ends):
+    piped.run(ends)
+    started = "require('child_process').execSync('echo child', {stdio: 'inherit'})"
     for _ in range(2):
-        said = js.run("console.log('heard'); console.error('too'); process.stdout.write('!'); 'value'")
-        assert said[1:] == ("heard\n!'value'\n", "too\n")
+        said = piped.run(f"console.log('heard'); console.error('too'); process.stdout.write('!'); {started}; 'value'")
+        assert said[1:] == ("heard\n!child\n'value'\n", "too\n")
