@@ -88,7 +88,8 @@ def python() -> Kind:
 
 def javascript() -> Kind:
     here = Path(__file__).parent
-    source = json.dumps({name: (here / f"{name}.js").read_text() for name in ("worker", "source", "pending")}).encode()
+    names = ("worker", "outlets", "pending", "source")
+    source = json.dumps({name: (here / f"{name}.js").read_text() for name in names}).encode()
     bootstrap = (
         f"const texts = JSON.parse(require('fs').readFileSync({SOURCE_FD}, 'utf8')), made = {{}};"
         "const load = (name) => { if (!(name in texts)) return require(name);"

@@ -10,6 +10,8 @@ const { processTopLevelAwait } = require('internal/repl/await');
 
 const { process, Map, Object, SyntaxError } = globalThis;
 const META = 'import_meta'; // as long as import.meta, so that positions in a trace stay right
+const CALL = 'imp_rt'; // as long as import
+const DYNAMIC = /\bimport(\s*\(\s*(['"`])[^'"`\n]*\2\s*,)/g;
 const WITH = /\b(?:import|export)\b[^'"`;]*?(['"])[^'"\n]*?\1(\s*(?:with|assert)\s*(\{[^{}]*\}))/g;
 
 let folder = '/';
@@ -65,9 +67,23 @@ function prepared(text, filename) {
       }
     }
   }
-  const rewritten = code.includes('await') ? processTopLevelAwait(code) : null;
+  const rewritten = code.includes('await') ? awaiting(code) : null;
   if (rewritten === null) throw problem;
   return { script: compiled(rewritten, filename), waiting: true, imports };
+}
+
+// Older versions of acorn read no import() with attributes: they are given a call of the same length to read.
+function plain(code) {
+  return code.replace(DYNAMIC, `${CALL}$1`);
+}
+
+function awaiting(code) {
+  try {
+    return processTopLevelAwait(code) ?? processTopLevelAwait(plain(code));
+  } catch (error) {
+    if (plain(code) === code) throw error;
+    return processTopLevelAwait(plain(code));
+  }
 }
 
 // The code without its imports, and they; null if it is no module's code.
@@ -111,7 +127,7 @@ function parsed(text) {
       const pairs = found[3].matchAll(/(['"]?)([\w$]+)\1\s*:\s*(['"])(.*?)\3/g);
       attributes.set(found.index, Object.fromEntries([...pairs].map((pair) => [pair[2], pair[4]])));
     }
-    const code = cut(text, cuts);
+    const code = plain(cut(text, cuts));
     try {
       return { tree: acorn.parse(code, options), code, attributes };
     } catch {
@@ -179,4 +195,9 @@ function bind(local, name, module, from) {
   if (!Object.is(seen, value)) throw new SyntaxError(`Identifier '${local}' has already been declared`);
 }
 
-module.exports = { META, here, imported, link, prepared };
+// import() as every version of Node takes it, with attributes under both of their names.
+function call(name, { with: attributes, assert = attributes, ...more } = {}) {
+  return imported(name, { ...more, with: attributes ?? assert, assert });
+}
+
+module.exports = { CALL, META, call, here, imported, link, prepared };

@@ -5,24 +5,20 @@
 // when what it has started has ended (pending.js).
 'use strict';
 const { EventEmitter } = require('events');
-const fs = require('fs');
 const Module = require('module');
 const net = require('net');
 const path = require('path');
-const { Writable } = require('stream');
 const { pathToFileURL } = require('url');
 const util = require('util');
 const vm = require('vm');
 
 // A cell may put something else in the place of any global.
-const {
-  process, console, Atomics, BigInt, Buffer, JSON, Number, Object, setTimeout, setImmediate,
-} = globalThis;
+const { process, BigInt, Buffer, JSON, Number, Object, setTimeout, setImmediate } = globalThis;
 process.execArgv = []; // children of the user's get no flag of ours
-process.stdout; // made now: later they would be things of the first cell that prints
-process.stderr;
+const outlets = require('outlets'); // first: what it makes would later be things of the first cell that prints
 const pending = require('pending');
 const source = require('source');
+const { write } = outlets;
 
 const ASK_BYTES = 9;
 const LIMIT_BYTES = 4; // ahead of the code: how many milliseconds the cell may take
@@ -32,79 +28,6 @@ const AWAIT_MS = 500;
 
 class Exit {
   constructor(code) { this.code = code; }
-}
-
-function write(fd, text) {
-  for (let data = Buffer.from(text); data.length > 0;) {
-    try {
-      data = data.subarray(fs.writeSync(fd, data));
-    } catch (error) {
-      if (error.code !== 'EAGAIN') return;
-      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 5); // the pipe is full: let the agent read
-    }
-  }
-}
-
-// Each cell begins with a stdout and a stderr that lead to its result, whatever the one before it did to them.
-
-const { O_APPEND, O_RDONLY, O_WRONLY } = fs.constants;
-const outlets = [];
-for (const [fd, name, flags] of [[0, 'stdin', O_RDONLY], [1, 'stdout', O_WRONLY | O_APPEND], [2, 'stderr', O_WRONLY | O_APPEND]]) {
-  try {
-    const { dev, ino } = fs.fstatSync(fd);
-    const spare = `/proc/self/fd/${fs.openSync(`/proc/self/fd/${fd}`, flags)}`;
-    outlets.push({ fd, name, flags, dev, ino, spare, stream: fd > 0 ? watched(process[name]) : null });
-  } catch {
-    // where it can't be opened again, a cell that closes it is the last one that is heard
-  }
-}
-
-// A stream that was ended looks as if it could be written to again, and can't.
-function watched(stream) {
-  const state = { stream, ended: false };
-  stream.once('finish', () => { state.ended = true; });
-  return state;
-}
-
-function leads({ fd, dev, ino }) {
-  try {
-    const found = fs.fstatSync(fd);
-    return found.ino === ino && found.dev === dev;
-  } catch {
-    return false;
-  }
-}
-
-function reopen({ fd, spare, flags }) {
-  const below = [];
-  try {
-    try {
-      fs.closeSync(fd);
-    } catch {
-      // it is closed
-    }
-    for (let opened = fs.openSync(spare, flags); opened < fd; opened = fs.openSync(spare, flags)) below.push(opened);
-  } catch {
-    // a cell has closed the spare one too
-  }
-  below.forEach((opened) => fs.closeSync(opened));
-}
-
-// What a cell has put in the place of a stream stays there.
-function renewStream(outlet) {
-  if (outlet.stream === null) return;
-  const { name, fd, stream: { stream, ended } } = outlet;
-  if (!ended && !stream.writableEnded && !stream.destroyed) return;
-  const fresh = new Writable({
-    write(data, encoding, done) {
-      write(fd, data);
-      done();
-    },
-  });
-  outlet.stream = watched(Object.assign(fresh, { fd, _type: 'pipe', _isStdio: true }));
-  if (process[name] !== stream) return;
-  Object.defineProperty(process, name, { value: fresh, configurable: true, enumerable: true, writable: false });
-  console[`_${name}`] = fresh;
 }
 
 // What a program finds around it. Paths are the working directory's, as it is now.
@@ -136,6 +59,7 @@ function furnish() {
   changing('exports', () => main.exports);
   changing('__filename', fileName);
   changing('__dirname', () => source.here());
+  changing(source.CALL, () => source.call);
   changing(source.META, () => ({
     __proto__: null,
     dirname: source.here(),
@@ -283,7 +207,7 @@ function answer(exitCode, stop = exitCode !== 0) {
   data.writeBigUInt64BE(BigInt(process.resourceUsage().maxRSS), 22);
   pending.byUs(() => {
     line.write(data);
-    outlets.filter((outlet) => !leads(outlet)).forEach(reopen);
+    outlets.reopen();
   });
 }
 
@@ -314,7 +238,7 @@ function perform(code, env, timeoutMs) {
   if (number === 0) furnish();
   number += 1;
   interrupts = 0;
-  pending.byUs(() => outlets.forEach(renewStream));
+  pending.byUs(outlets.renew);
   listen();
   cell = new pending.Cell(number, timeoutMs);
   cell.wall = process.hrtime.bigint();

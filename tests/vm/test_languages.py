@@ -83,3 +83,20 @@ async def test_where_the_working_folder_is_gone_nothing_is_run_elsewhere(sandbox
     assert (lost.exit_code, lost.reason) == (3, "interpreter_crashed")
     refused = await sandbox.python("print(1)")
     assert (refused.stdout, refused.exit_code) == ("", 126) and refused.stderr.startswith(GONE.format(why))
+
+
+async def test_json_is_imported_dynamically_with_attributes(sandbox):
+    """Under the image's Node, whose acorn reads no import() with attributes."""
+    code = (
+        "require('fs').writeFileSync('/app/d.json', JSON.stringify({ k: 1 }));\n"
+        "(await import('./d.json', { with: { type: 'json' } })).default.k"
+    )
+    result = await sandbox.node.execute(sandbox.vm_id, Command(code, "javascript", 60))
+    assert result.stdout == "1\n", result.stderr
+
+
+async def test_a_javascript_cell_that_ends_its_output_ends_it_for_itself_only(sandbox):
+    for ends in ("process.stdout.end('bye');", "for (let fd = 0; fd < 3; fd++) require('fs').closeSync(fd);"):
+        await sandbox.node.execute(sandbox.vm_id, Command(ends, "javascript", 60))
+        result = await sandbox.node.execute(sandbox.vm_id, Command("console.log('heard')", "javascript", 60))
+        assert result.stdout == "heard\n"

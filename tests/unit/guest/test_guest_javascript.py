@@ -438,3 +438,8 @@ def test_a_cell_that_ends_its_output_ends_it_for_itself_only(piped, ends):
     for _ in range(2):
         said = piped.run(f"console.log('heard'); console.error('too'); process.stdout.write('!'); {started}; 'value'")
         assert said[1:] == ("heard\n!child\n'value'\n", "too\n")
+
+
+def test_json_is_imported_dynamically_with_attributes(js):
+    js.run("require('fs').writeFileSync('d.json', '{\"k\": 1}')")
+    assert js.run("(await import('./d.json', { with: { type: 'json' } })).default.k")[:2] == (0, "1\n")
