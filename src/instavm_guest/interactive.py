@@ -6,35 +6,22 @@ goes. Here there is nobody at a keyboard and no screen: each of these works in t
 
 from __future__ import annotations
 
-import ast
 import builtins
-import cProfile
 import fnmatch
 import functools
 import importlib
-import os
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import copy_context
-from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
-CO_COROUTINE = 0x80
-TIMED = "<timed>"
-"""Under this name, which no program can write, a cell that is timed leaves its last expression's value."""
 LATEST = ("_", "__", "___")
 EMBED = "IPython.terminal.embed"
-BACKENDS = ("inline", "agg")
-"""Of matplotlib's, those that need no screen."""
 EVENTS = ("pre_execute", "pre_run_cell", "post_execute", "post_run_cell")
 ASIDE = ("/IPython/core/events.py", "/IPython/core/formatters.py")
 """Parts of IPython that go on after they have shown a failure."""
-KEYBOARD = "it asks somebody at a keyboard, and a sandbox has nobody there"
-SHOWS = "it changes how IPython shows things, and in a sandbox Python itself shows them"
 FAMILIES = (
     *(
         "Auto",
@@ -51,29 +38,6 @@ FAMILIES = (
     ),
     *("OS", "Packaging", "Pylab", "Script"),
 )
-LOG = "it writes down what is typed at IPython's prompt, and a sandbox has none; `%history -f file` writes all cells"
-REFUSED = {
-    **dict.fromkeys(("debug", "pdb"), KEYBOARD),
-    **dict.fromkeys(("edit", "ed"), "it opens an editor, and " + KEYBOARD),
-    **dict.fromkeys(("xmode", "colors", "precision", "pprint", "doctest_mode", "autoindent"), SHOWS),
-    **dict.fromkeys(("automagic", "autocall"), "words without a mark are always Python here"),
-    **dict.fromkeys(("logstart", "logon", "logoff", "logstop", "logstate"), LOG),
-}
-"""Magics that would do nothing, or wait for ever, by the reason."""
-
-
-class _Leaving(BaseException):
-    """A SystemExit on its way through the profiler, which would swallow it."""
-
-
-class _Profile(cProfile.Profile):
-    def runctx(self, *args: Any, **more: Any) -> Any:
-        try:
-            return super().runctx(*args, **more)
-        except SystemExit as exc:
-            raise _Leaving(exc) from None
-
-
 class Notebook:
     """`interactive`: IPython's shell."""
 
@@ -201,6 +165,8 @@ def _shell_class(space: Any) -> Any:
     from IPython.core.error import StdinNotImplementedError, UsageError  # type: ignore[import-not-found]  # noqa: PLC0415
     from IPython.core.interactiveshell import ExecutionInfo, ExecutionResult, InteractiveShell  # noqa: PLC0415
 
+    magic = space.part("magics")
+
     class Publisher(DisplayPublisher):  # type: ignore[misc]
         """Where `IPython.display.display` leads."""
 
@@ -224,7 +190,7 @@ def _shell_class(space: Any) -> Any:
                 self.register_magics(*(getattr(classes, name + "Magics") for name in FAMILIES))
             self.display_pub = self.publisher = Publisher(parent=self)
             self.display_formatter.format = self.forms
-            self.set_hook("show_in_pager", page.as_hook(_show_page), 0)
+            self.set_hook("show_in_pager", page.as_hook(magic.show_page), 0)
             scripts = notebook.Scripts(space.names)
             self.register_magic_function(notebook.pip, "line", "pip")
             self.register_magic_function(scripts.run, "cell", "script")
@@ -232,19 +198,19 @@ def _shell_class(space: Any) -> Any:
             for program in notebook.SCRIPTS:
                 self.register_magic_function(scripts.magic(program), "cell", program)
             magics = self.magics_manager.magics
-            for name, reason in REFUSED.items():
+            for name, reason in magic.REFUSED.items():
                 for mark, kind in (("%", "line"), ("%%", "cell")):
                     if name in magics[kind]:
-                        self.register_magic_function(_refusal(UsageError, mark + name, reason), kind, name)
+                        self.register_magic_function(magic.refusal(UsageError, mark + name, reason), kind, name)
             for kind, name in (("line", "prun"), ("cell", "prun"), ("line", "run")):
-                magics[kind][name] = _leaving_out(magics[kind][name])
+                magics[kind][name] = magic.leaving_out(magics[kind][name])
             self.register_magic_function(self.enable_gui, "line", "gui")
             magics["cell"]["capture"] = self._kept(magics["cell"]["capture"])
             for kind in ("line", "cell"):
-                magics[kind]["time"] = _awaiting(space, magics[kind]["time"])
-            magics["line"]["cd"] = _failing(magics["line"]["cd"])
-            magics["line"]["matplotlib"] = _listing(magics["line"]["matplotlib"])
-            magics["line"]["autoawait"] = _only_shown(UsageError, magics["line"]["autoawait"])
+                magics[kind]["time"] = magic.awaiting(space, magics[kind]["time"])
+            magics["line"]["cd"] = magic.failing(magics["line"]["cd"])
+            magics["line"]["matplotlib"] = magic.listing(magics["line"]["matplotlib"])
+            magics["line"]["autoawait"] = magic.only_shown(UsageError, magics["line"]["autoawait"])
 
         def forms(self, value: Any, include: Any = None, exclude: Any = None) -> tuple[dict[Any, Any], dict[Any, Any]]:
             """A display formatter's `format`: nothing when the value has shown itself."""
@@ -262,15 +228,15 @@ def _shell_class(space: Any) -> Any:
         def system(self, command: str) -> None:
             self.user_ns["_exit_code"] = space.part("notebook").shell(self.var_expand(command, depth=1))
 
-        def _kept(self, magic: Any) -> Any:
+        def _kept(self, capture: Any) -> Any:
             """`%%capture`, whose variable is there also when the cell fails."""
 
-            @functools.wraps(magic)
+            @functools.wraps(capture)
             def captured(line: str, cell: str) -> Any:
                 failures: list[BaseException] = []
                 before, self.holding = self.holding, failures
                 try:
-                    value = magic(line, cell)
+                    value = capture(line, cell)
                 finally:
                     self.holding = before
                 if failures:
@@ -293,7 +259,7 @@ def _shell_class(space: Any) -> Any:
             raise SystemExit
 
         def ask_yes_no(self, prompt: str, default: Any = None, interrupt: Any = None) -> bool:
-            raise StdinNotImplementedError(KEYBOARD)
+            raise StdinNotImplementedError(magic.KEYBOARD)
 
         def set_next_input(self, text: str, replace: bool = False) -> None:
             raise UsageError(
@@ -306,9 +272,9 @@ def _shell_class(space: Any) -> Any:
 
         def enable_matplotlib(self, gui: Any = None) -> Any:
             name = "inline" if gui in (None, "auto") else str(gui)
-            if name not in BACKENDS:
+            if name not in magic.BACKENDS:
                 raise UsageError(
-                    f"%matplotlib {gui}: a sandbox has no screen, so no windows; backends: {', '.join(BACKENDS)}. "
+                    f"%matplotlib {gui}: a sandbox has no screen, so no windows; backends: {', '.join(magic.BACKENDS)}. "
                     "Figures are shown as outputs with each of them"
                 )
             if name == "agg":
@@ -370,111 +336,6 @@ def _shell_class(space: Any) -> Any:
 
     Shell.__name__ = "InteractiveShell"  # for `%config`
     return Shell
-
-
-def _show_page(text: Any, start: int = 0, *_: Any, **__: Any) -> None:
-    """A pager's page: printed, as a result has no pages."""
-    whole = text.get("text/plain", "") if isinstance(text, dict) else text
-    print("\n".join(whole.splitlines()[start:]))
-
-
-def _refusal(error: type[Exception], shown: str, reason: str) -> Callable[..., None]:
-    def refused(line: str = "", cell: str | None = None) -> None:
-        raise error(f"{shown} is not there: {reason}")
-
-    return refused
-
-
-def _leaving_out(magic: Any) -> Any:
-    @functools.wraps(magic)
-    def left(*args: Any, **more: Any) -> Any:
-        kept, cProfile.Profile = cProfile.Profile, _Profile  # type: ignore[misc]
-        try:
-            return magic(*args, **more)
-        except _Leaving as exc:
-            raise exc.args[0] from None
-        finally:
-            cProfile.Profile = kept  # type: ignore[misc]
-
-    return left
-
-
-def _awaiting(space: Any, magic: Any) -> Any:
-    """`%time` and `%%time`, which know of no `await`."""
-
-    @functools.wraps(magic)
-    def timed(line: str = "", cell: str | None = None, local_ns: Any = None) -> Any:
-        code = None if line and cell else _awaited(space, cell or line)
-        if code is None:
-            return magic(line, cell, local_ns)
-        values: list[Any] = []
-        began, spent = time.perf_counter(), getrusage(RUSAGE_SELF)
-        try:
-            space.part("loops").of(space).run(eval(code, space.names), values.append, copy_context())
-        finally:
-            wall, now = time.perf_counter() - began, getrusage(RUSAGE_SELF)
-            user, system = now.ru_utime - spent.ru_utime, now.ru_stime - spent.ru_stime
-            print(f"CPU times: user {user:.3g} s, sys: {system:.3g} s, total: {user + system:.3g} s")
-            print(f"Wall time: {wall:.3g} s")
-        return space.names.pop(TIMED, *values)
-
-    return timed
-
-
-def _awaited(space: Any, source: str) -> Any:
-    """The code of a cell that awaits something; its last expression's value is left under TIMED. Else None."""
-    if "await" not in source and "async" not in source:
-        return None
-    try:
-        tree = space.notebook.transformed(ast.parse(space.notebook.rewritten(source)))
-        if isinstance(tree.body[-1], ast.Expr):
-            last = tree.body[-1]
-            tree.body[-1] = ast.copy_location(ast.Assign([ast.Name(TIMED, ast.Store())], last.value), last)
-            ast.fix_missing_locations(tree)
-        code = compile(tree, "<timed exec>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    except (SyntaxError, IndexError):
-        return None
-    return code if code.co_flags & CO_COROUTINE else None
-
-
-def _failing(magic: Any) -> Any:
-    """`%cd`, which tells what is wrong with a folder and succeeds."""
-
-    @functools.wraps(magic)
-    def changed(line: str = "") -> Any:
-        place = line.replace("-q", "", 1).strip() if line.startswith("-q") else line.strip()
-        folder = os.path.expanduser(place.strip("'\""))
-        if (
-            place
-            and place[0] != "-"
-            and not os.path.isdir(folder)
-            and place not in magic.__self__.shell.db.get("bookmarks", {})
-        ):
-            os.chdir(folder)  # raises what is wrong with it
-        return magic(line)
-
-    return changed
-
-
-def _listing(magic: Any) -> Any:
-    @functools.wraps(magic)
-    def listed(line: str = "") -> Any:
-        if {"-l", "--list"} & set(line.split()):
-            print(f"Available matplotlib backends: {list(BACKENDS)}")
-            return None
-        return magic(line)
-
-    return listed
-
-
-def _only_shown(error: type[Exception], magic: Any) -> Any:
-    @functools.wraps(magic)
-    def shown(line: str = "") -> Any:
-        if line.strip().lower() not in ("", "on", "true", "asyncio"):
-            raise error(f"%autoawait {line.strip()}: cells await on asyncio's loop here, and no other")
-        return magic("")
-
-    return shown
 
 
 @contextmanager

@@ -57,7 +57,7 @@ CUT = 1  # a flag of an answer: outputs were dropped; the same as in frames.py, 
 
 CO_COROUTINE = 0x80
 PACKAGE = "instavm_guest"
-PARTS = ("worker", "outputs", "portable", "notebook", "interactive", "loops", "environment")
+PARTS = ("worker", "outputs", "portable", "notebook", "interactive", "magics", "loops", "environment")
 LAST = "<last>"
 """Under this name, which no program can write, a cell leaves its last expression's value."""
 QUIET = re.compile(r"(?:[\s)\\]|#[^\n]*\n)*;")
