@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -39,6 +40,8 @@ _DEVICES = {
     "fuse": (10, 229, 0o666),
     "net/tun": (10, 200, 0o666),
 }
+OPEN_FILES_MAX = 1 << 19
+"""How far a user without rights may raise the number of files that a process has open, as under systemd. It begins at 1024."""
 _LINKS = {
     "fd": "/proc/self/fd",
     "stdin": "/proc/self/fd/0",
@@ -86,13 +89,41 @@ def _move_in(root: str) -> None:
         os.makedirs(f"{root}/{place}", exist_ok=True)
     kernel.mount("proc", f"{root}/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     kernel.mount("sysfs", f"{root}/sys", "sysfs", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    folders = _folders(f"{root}/run")
     kernel.mount("tmpfs", f"{root}/run", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755")
+    _make_run(f"{root}/run", folders)
+    if not os.path.lexists(f"{root}/etc/mtab"):
+        os.symlink("../proc/self/mounts", f"{root}/etc/mtab")
     _make_dev(f"{root}/dev")
     for name, target in IDENTITY_FILES.items():
         _bind_identity(f"{IDENTITY_DIR}/{name}", root + target)
     os.chdir(root)
     kernel.pivot_root_here()
     os.umask(0o022)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, OPEN_FILES_MAX))
+
+
+def _folders(place: str) -> list[tuple[str, os.stat_result]]:
+    """The folders below `place`, outer ones first, by their path from there."""
+    found = []
+    for parent, names, _ in os.walk(place):
+        for name in names:
+            status = os.lstat(f"{parent}/{name}")
+            if stat.S_ISDIR(status.st_mode):
+                found.append((os.path.relpath(f"{parent}/{name}", place), status))
+    return found
+
+
+def _make_run(run: str, folders: list[tuple[str, os.stat_result]]) -> None:
+    """What services of the image expect in /run: its folders, empty, and the one that /var/lock leads to."""
+    for path, status in folders:
+        os.mkdir(f"{run}/{path}")
+        os.chown(f"{run}/{path}", status.st_uid, status.st_gid)
+        os.chmod(f"{run}/{path}", stat.S_IMODE(status.st_mode))
+    if not os.path.exists(f"{run}/lock"):
+        os.mkdir(f"{run}/lock")
+        os.chmod(f"{run}/lock", 0o1777)  # noqa: S103 — as in Debian: like /tmp, everybody may lock there
 
 
 def _bind_identity(source: str, target: str) -> None:
@@ -114,6 +145,7 @@ def _make_dev(dev: str) -> None:
         os.symlink(target, f"{dev}/{name}")
     kernel.mount("devpts", f"{dev}/pts", "devpts", kernel.MS_NOSUID, "newinstance,ptmxmode=0666,mode=620,gid=5")
     kernel.mount("shm", f"{dev}/shm", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=1777")
+    kernel.mount("mqueue", f"{dev}/mqueue", "mqueue", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
 
 
 def _serve(line: socket.socket) -> None:

@@ -59,3 +59,26 @@ async def test_programs_from_another_place_than_app_and_signals_are_as_usual(san
     """SIGPIPE ends a writer quietly, as in any shell."""
     result = await sandbox.bash("yes | head -1; echo ${PIPESTATUS[0]}")
     assert result.stdout == "y\n141\n"
+
+
+async def test_a_message_queue_is_a_file_in_dev_mqueue(sandbox):
+    made = await sandbox.python("import ctypes; ctypes.CDLL(None).mq_open(b'/q', 0o102, 0o600, None) >= 0")
+    assert made.stderr == ""
+    result = await sandbox.bash("ls /dev/mqueue; rm /dev/mqueue/q")
+    assert (result.stdout, result.exit_code) == ("q\n", 0), result.stderr
+
+
+async def test_a_user_without_rights_may_open_many_files(sandbox):
+    result = await sandbox.bash("ulimit -Sn; su appuser -c 'ulimit -n 524288 && ulimit -n'")
+    assert result.stdout == "1024\n524288\n", result.stderr
+
+
+async def test_etc_mtab_tells_what_is_mounted(sandbox):
+    """psutil and others read it."""
+    result = await sandbox.bash("cmp /etc/mtab /proc/mounts && grep -c ' / ext4 ' /etc/mtab")
+    assert result.stdout == "1\n", result.stderr
+
+
+async def test_everybody_may_lock_in_var_lock(sandbox):
+    result = await sandbox.bash("su appuser -c 'flock /var/lock/mine echo locked'")
+    assert result.stdout == "locked\n", result.stderr
