@@ -74,7 +74,7 @@ async def test_a_user_without_rights_may_open_many_files(sandbox):
 
 
 async def test_etc_mtab_tells_what_is_mounted(sandbox):
-    """psutil and others read it."""
+    """Programs older than /proc/self/mounts read it."""
     result = await sandbox.bash("cmp /etc/mtab /proc/mounts && grep -c ' / ext4 ' /etc/mtab")
     assert result.stdout == "1\n", result.stderr
 
