@@ -59,7 +59,7 @@ def read_typed(text: str) -> str:
 
 
 def of_service(name: str) -> str:
-    """The host in a name such as _http._tcp.deb.debian.org, which is asked for a service of it; any other name as it is."""
+    """The host in a name such as _http._tcp.packages.example, which is asked for a service of it; any other name as it is."""
     while name.startswith("_") and "." in name:
         name = name.partition(".")[2]
     return name

@@ -22,7 +22,7 @@ UNWIND_S: Final = 30.0
 """How long a call that was cancelled may take to undo what it has begun."""
 PING_S: Final = 1.0
 """While calls are open, the node is asked this often whether it is still there."""
-SILENT_PINGS: Final = 5
+SILENT_PINGS: Final = 10
 """After so many intervals without any message the node counts as unresponsive, until its next message."""
 ALWAYS_SENT: Final = frozenset({"stop"})
 """Methods that are sent to an unresponsive node too and wait for it: what control has ended must end."""

@@ -12,7 +12,7 @@ from instavm.contract.isolation import Tier
 from instavm.node import parts
 from instavm.node.parts import Part
 
-KERNEL = "6.1.0-57-cloud-amd64 (debian-kernel@lists.debian.org) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-3 (2026-11-26)"
+KERNEL = "6.1.0-57-cloud-amd64 (maintainers@kernel.example) #1 SMP PREEMPT_DYNAMIC Debian 6.1.192-3 (2026-11-26)"
 
 
 @pytest.fixture
