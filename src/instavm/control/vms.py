@@ -34,6 +34,8 @@ ON_PURPOSE: Final = (EndReason.KILLED, EndReason.LIFETIME, EndReason.SERVER_STOP
 """Ends of sandboxes that are well until then."""
 RESPONDS_S: Final = 0.08
 """How long a kill waits for a sign of life from the node before it is answered without it."""
+LOOK_AGAIN_S: Final = 1.0
+"""Pause until a kill that still waits looks for the next sign of life."""
 STOP_S: Final = 30.0
 """How long a node may take to remove a sandbox before control gives up waiting and says so."""
 
@@ -291,16 +293,12 @@ class Vms:
 
         When the node does not answer, return before that: the sandbox stays `ending` until the node goes on.
         """
-        async with anyio.create_task_group() as tasks:
-
-            async def look() -> None:
-                if not await self._node.responds(RESPONDS_S):
-                    log.warning("%s ends as soon as the node answers again", vm.id)
-                    tasks.cancel_scope.cancel()
-
-            tasks.start_soon(look)
-            await vm.gone.wait()
-            tasks.cancel_scope.cancel()
+        while not vm.gone.is_set():
+            if not await self._node.responds(RESPONDS_S):
+                log.warning("%s ends as soon as the node answers again", vm.id)
+                return
+            with anyio.move_on_after(LOOK_AGAIN_S):
+                await vm.gone.wait()
 
     async def end_all(self, why: EndReason) -> None:
         """End every sandbox, accept no new one, and wait until nothing is left."""
