@@ -69,4 +69,5 @@ def tidy(settings, short_folder, **more):
     servers = Servers(settings, folder, **more)
     yield servers
     servers.end()
-    assert inventory.take(folder) == NOTHING
+    left = inventory.take(folder)
+    assert left == NOTHING, left

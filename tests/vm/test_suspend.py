@@ -60,7 +60,7 @@ async def python(node, vm_id, code):
     return (await node.execute(vm_id, Command(code, "python", 60))).stdout
 
 
-async def test_everything_is_there_again_and_the_clock_is_right(node, sandbox, resume):
+async def test_everything_is_there_again_and_the_clock_is_right(node, sandbox, resume, quiet):
     await sandbox.python("import threading, time; x = 42; f = open('/app/open', 'w'); f.write('be'); y = []")
     await sandbox.python(
         "threading.Thread(target=lambda: [(y.append(1), time.sleep(.05)) for _ in range(10**6)]).start()"
@@ -71,7 +71,7 @@ async def test_everything_is_there_again_and_the_clock_is_right(node, sandbox, r
     stored = await node.suspend(sandbox.vm_id)
     assert 0 < stored.own_bytes < 200 << 20
     assert not os.path.exists(f"/proc/{pid}"), "its memory is not freed"
-    assert inventory.take(node._settings.state_dir).processes <= {one.machine.pid for one in node._machines.prepared()}
+    await quiet()  # nothing is there but the machines that wait
     with pytest.raises(SessionEnded):
         await python(node, sandbox.vm_id, "1")
     await anyio.sleep(1.5)  # the guest's clock must jump over this

@@ -55,7 +55,9 @@ def test_a_program_that_is_not_here_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["absent.py", "my script.sh", "./absent", "../x", "/no/such/file", "~/x", "a-b.js"])
-def test_a_file_that_is_not_there_is_not_run_as_code(name):
+def test_a_file_that_is_not_there_is_not_run_as_code(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(REFUSED, match="there is no such file"):
         source(name, None)
 
