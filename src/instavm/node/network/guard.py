@@ -105,27 +105,18 @@ class Network:
 
     async def log(self) -> EgressLog:
         """Raises HostNotReady."""
-        said = await self._asked("log")
+        said = await self.networks.asked("log", self.name)
         kernel = rules.refused(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_REFUSED))
         seen = [Seen(*entry) for entry in said["entries"]]
         return EgressLog((*seen, *kernel), said["sent"], said["received"], said["open"])
 
     async def in_force(self) -> InForce:
         """What kernel and filter go by at this moment, asked of both. Raises HostNotReady (there is no filter)."""
-        said = await self._asked("policy")
+        said = await self.networks.asked("policy", self.name)
         kernel = rules.in_force(await anyio.to_thread.run_sync(space.apply, self.space, rules.LIST_ALL))
         policy = from_wire(said["told"]["policy"]).egress
         both = json.dumps({"filter": said["told"], "kernel": kernel}, sort_keys=True).encode()
         return InForce(hashlib.sha256(both).hexdigest(), sum("rule" in one for one in kernel), policy)
-
-    async def _asked(self, what: str) -> dict[str, Any]:
-        """The filter's answer; that of its successor, when it had to be replaced. Raises HostNotReady."""
-        await self.networks.ready()
-        try:
-            return await self.networks.ask(what, self.name)
-        except HostNotReady:
-            await self.networks.ready()
-            return await self.networks.ask(what, self.name)
 
     async def aclose(self) -> None:
         """Twice is fine."""
@@ -210,9 +201,8 @@ class Networks:
 
     async def check(self, name: str, policy: Policy | None, host: str, port: int, protocol: str) -> EgressDecision:
         """Asked of the filter itself. policy: None: what it goes by for the network `name`. Raises HostNotReady."""
-        await self.ready()
         by = None if policy is None else self.told(policy)
-        said = await self.ask("check", name, host=host, port=port, protocol=protocol, by=by)
+        said = await self.asked("check", name, host=host, port=port, protocol=protocol, by=by)
         return EgressDecision(*said["decision"])
 
     def _hand_over(self, network: Network) -> None:
@@ -240,6 +230,15 @@ class Networks:
         except (FileNotFoundError, ProcessLookupError):
             return False
         return state in STOPPED
+
+    async def asked(self, what: str, name: str, **more: Any) -> dict[str, Any]:
+        """The filter's answer; that of its successor, when it had to be replaced. Raises HostNotReady."""
+        await self.ready()
+        try:
+            return await self.ask(what, name, **more)
+        except HostNotReady:
+            await self.ready()
+            return await self.ask(what, name, **more)
 
     async def ask(
         self, what: str, name: str = "", fds: Iterable[int] = (), *, within_s: float = ANSWER_S, **more: Any
